@@ -1,0 +1,76 @@
+# The commands of the project.  `make quickstart` is the whole loop on real speech, `make test` the
+# proof that it works.  Everything is installed into .venv, at the versions of the lock file.
+
+# The first Python that the project supports; name another with `make PYTHON=/path/to/python3.12`.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.13 python3.11,\
+	$(shell $(p) -c '$(SUPPORTED)' 2>/dev/null && echo $(p))))
+
+BIN := .venv/bin
+CONFIG ?= experiments/quickstart.py
+# Your own speech instead of the quickstart corpus: CORPUS=manifest.jsonl make quickstart
+CORPUS ?=
+WORKDIR ?= runs/$(if $(CORPUS),quickstart-own,quickstart)
+# Arguments for pytest, for example: make test TESTS=tests/models
+TESTS ?=
+
+.PHONY: help install quickstart test test-slow lint format typecheck benchmark lock clean
+
+help:
+	@echo 'make quickstart   pre-train, fine-tune, pseudo-label, self-train and score real speech'
+	@echo 'make test         lint, types and the test suite (under 10 minutes on 2 cores)'
+	@echo 'make test-slow    the tests that take longer'
+	@echo 'make lint         ruff and mypy;  make format: let ruff lay out the code'
+	@echo 'make benchmark    our train step against a PyTorch Conformer of the same size'
+	@echo 'make lock         resolve the newest allowed versions into the lock of this Python'
+
+install: .venv/installed
+
+.venv/installed: setup.py pyproject.toml $(wildcard requirements-lock-3.*.txt)
+	@test -n '$(PYTHON)' || { \
+		echo 'make: no Python 3.11, 3.12 or 3.13 found; install one (Debian, Ubuntu:' \
+			'apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3' >&2; \
+		exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+		echo 'make: venv failed; Debian and Ubuntu need: apt install python3-venv' >&2; exit 1; }
+	@minor=$$($(BIN)/python -c 'import sys; print(sys.version_info.minor)'); \
+	echo "installing into .venv (Python 3.$$minor, about 2.5 GB)"; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-r requirements-lock-3.$$minor.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+quickstart: .venv/installed
+	$(BIN)/bigssl run --config $(CONFIG) --workdir $(WORKDIR) \
+		$(if $(CORPUS),--config.corpus_manifest=$(CORPUS))
+
+test: lint
+	$(BIN)/python -m pytest -q $(TESTS)
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -q -m slow $(TESTS)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: .venv/installed
+	$(BIN)/python benchmarks/train_step.py
+
+lock:
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check '.[dev]'
+	minor=$$(.venv-lock/bin/python -c 'import sys; print(sys.version_info.minor)'); \
+	{ echo "# Python 3.$$minor on Linux; made by \`make lock\`"; \
+	  .venv-lock/bin/python -m pip freeze --exclude bigssl-jax --exclude setuptools \
+		--exclude wheel; } > requirements-lock-3.$$minor.txt
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .jax_cache *.egg-info

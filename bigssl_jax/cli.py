@@ -1,0 +1,422 @@
+"""The `bigssl` command: each verb is a few lines that call into a room.
+
+    bigssl run         a recipe: pre-train, fine-tune, pseudo-label, self-train, evaluate
+    bigssl prepare     a manifest or a TFDS builder into an indexed corpus
+    bigssl inspect     what a corpus holds
+    bigssl transcribe  audio files into text
+    bigssl score       WER and CER of hypotheses against references
+    bigssl report      one HTML page from a run's workdir
+
+Exit codes:
+  0    done
+  1    a defect of ours: the traceback says where
+  2    something the user can mend, said in one line on standard error
+  75   asked to stop (SIGTERM, Ctrl-C) in training: state saved, the same command continues
+  130  Ctrl-C outside training, 143 SIGTERM outside training: the same command continues
+
+Nothing heavy is imported before a verb runs: `bigssl --help` must answer at once, and what JAX
+reads from the environment has to be set before its first import.
+"""
+
+import argparse
+import errno
+import json
+import os
+import pathlib
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from bigssl_jax import __version__
+
+EXIT_DEFECT = 1
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+# Conditions of the machine, not of the program: a full or read-only disk, missing permission.
+_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+_OVERRIDE = re.compile(r'--config\.(?P<path>[^=]+)(?P<value>=.*)?$', re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Args:
+      arguments: the words after `bigssl`; default: those of this process.
+
+    Returns:
+      The exit code (see the head of this file).
+    """
+    from bigssl_jax.config import UserError
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = make_parser()
+    options, rest = parser.parse_known_args(words)
+    try:
+        options.overrides = _collect_overrides(rest, options.verb)
+    except ValueError as error:
+        parser.error(str(error))  # exits with 2
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = options.function(options)
+        _write_json(result, options.json)
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        return _say(str(error), EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        return _say('interrupted; the same command continues', EXIT_INTERRUPTED)
+    except BrokenPipeError:  # `bigssl ... | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            raise
+        return _say(f'{error.filename or "writing"}: {error.strerror}', EXIT_USER_ERROR)
+
+
+def _say(message: str, code: int) -> int:
+    """Prints `message` as one line on standard error and returns `code`."""
+    if os.environ.get('BIGSSL_TRACEBACK'):
+        import traceback
+
+        traceback.print_exc()
+    print('bigssl: ' + ' '.join(message.split()), file=sys.stderr)
+    return code
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM unwinds the stack, so that files and pipelines are closed."""
+    raise SystemExit(EXIT_TERMINATED)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog='bigssl',
+        description='Semi-supervised speech recognition in JAX.',
+        epilog='`bigssl VERB --help` shows an example of each verb.',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument('--version', action='version', version=f'bigssl-jax {__version__}')
+    verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
+    for add in (_add_run, _add_prepare, _add_inspect, _add_transcribe, _add_score, _add_report):
+        add(verbs)
+    return parser
+
+
+def _add_verb(verbs: Any, name: str, text: str, example: str, function: Any) -> Any:
+    """A sub-command with what every verb has: help, an example, `--json`."""
+    verb = verbs.add_parser(
+        name,
+        help=text[0].lower() + text[1:].split('.')[0],
+        description=text,
+        epilog=f'example:\n{example}',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verb.add_argument('--json', metavar='FILE', help='also write the result as JSON to FILE')
+    verb.set_defaults(function=function)
+    return verb
+
+
+# ---------------------------------------------------------------------------------------------
+# run
+
+
+def _add_run(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        'run',
+        'Run the stages of a recipe.  Finished stages are kept, interrupted ones continue.',
+        '  bigssl run --config experiments/quickstart.py --workdir runs/quickstart\n'
+        '  bigssl run --config experiments/quickstart.py --workdir runs/quickstart \\\n'
+        '      --stages pretrain,teacher --config.seed=1',
+        _run,
+    )
+    verb.add_argument(
+        '--config', required=True, metavar='FILE[:ARG]', help='experiment file, with its argument'
+    )
+    verb.add_argument('--workdir', required=True, metavar='DIR', help='where everything is written')
+    verb.add_argument(
+        '--stages', metavar='A,B', help='run only these stages, in the order of the recipe'
+    )
+    verb.add_argument_group(
+        'overrides', '--config.FIELD=VALUE   set one field of the config; repeatable'
+    )
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    from bigssl_jax.parallel.startup import configure_platform
+
+    configure_platform()
+    from bigssl_jax import config as config_lib
+    from bigssl_jax.stages import schema
+    from bigssl_jax.stages.recipe import run_recipe
+    from bigssl_jax.training.signals import Stopped
+
+    config = config_lib.load(options.config)
+    config = apply_overrides(config, options.overrides, schema.resolve(config))
+    schema.resolve(config)  # what the overrides made of it, before anything is written
+    check_writable(options.workdir)
+    stages = [name for name in options.stages.split(',') if name] if options.stages else None
+    try:
+        return run_recipe(config, options.workdir, stages=stages)
+    except Stopped as stopped:
+        sys.exit(_say(str(stopped), EXIT_STOPPED))
+
+
+def _collect_overrides(rest: Sequence[str], verb: str) -> list[tuple[str, str]]:
+    """`--config.a.b=c` or `--config.a.b c` as pairs (path, text).
+
+    Raises:
+      ValueError: any other word.
+    """
+    pairs: list[tuple[str, str]] = []
+    words = list(rest)
+    while words:
+        word = words.pop(0)
+        match = _OVERRIDE.match(word) if verb == 'run' else None
+        if not match:
+            raise ValueError(f'unknown argument {word!r}; `bigssl {verb} --help` lists them')
+        if match['value'] is not None:
+            pairs.append((match['path'], match['value'][1:]))
+        elif words and not words[0].startswith('--'):
+            pairs.append((match['path'], words.pop(0)))
+        else:
+            raise ValueError(f'{word} needs a value: {word}=VALUE')
+    return pairs
+
+
+def apply_overrides(
+    config: Any, overrides: Sequence[tuple[str, str]], fields: Mapping[str, Any]
+) -> Any:
+    """Lays command-line values over a config, each converted to the type its field has.
+
+    The experiment file need not mention a field to have it overridden, so what exists is looked up
+    in `fields`; and `config`, not `fields`, is what gets changed, so that defaults which follow
+    from other fields (all of `encoder` from `encoder.preset`) still follow from them.
+
+    Args:
+      config: the experiment file's `ConfigDict`; it is left as it is.
+      overrides: pairs (path such as 'stages.teacher.steps', text of the value).
+      fields: the same config with every default filled in.
+
+    Returns:
+      A new, locked `ConfigDict`.
+
+    Raises:
+      ConfigError: an unknown field (the nearest valid one is named) or a value of another type.
+    """
+    import ml_collections
+    from absl import flags
+    from ml_collections import config_flags
+
+    from bigssl_jax.config import ConfigError
+
+    config = ml_collections.ConfigDict(config.to_dict(), type_safe=False)
+    for path, _ in overrides:
+        _ensure_field(config, path, fields)
+    # A private FlagValues: nothing of ours may depend on, or show in, the process-wide flags.
+    words = ['bigssl', *(f'--config.{path}={text}' for path, text in overrides)]
+    values = flags.FlagValues()
+    try:
+        holder = config_flags.DEFINE_config_dict(
+            'config', config, flag_values=values, sys_argv=words
+        )
+        values(words)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise ConfigError(str(error).replace('flag --', 'config field ')) from error
+    return holder.value
+
+
+def _ensure_field(config: Any, path: str, fields: Mapping[str, Any]) -> None:
+    """Gives `config` the field `path` with its default, so that an override knows its type.
+
+    Raises:
+      ConfigError: `fields` has no such field.
+    """
+    import ml_collections
+
+    from bigssl_jax.config import ConfigError, unknown_field
+
+    *groups, last = path.split('.')
+    seen, known, node = '', fields, config
+    for name in (*groups, last):
+        if not isinstance(known, Mapping):
+            raise ConfigError(f'--config.{path}: {seen} is a single value, it has no fields')
+        if name not in known:
+            raise unknown_field(seen, name, known)
+        known = known[name]
+        if node.get(name) is None:
+            # None has no type: take whatever literal is given.
+            empty = ml_collections.config_dict.placeholder(object)
+            plain = dict(known) if name == last and isinstance(known, Mapping) else known
+            node[name] = {} if name != last else empty if known is None else plain
+        elif isinstance(known, float) and isinstance(node[name], int):
+            node[name] = known  # the file says 1 where 1.5 may be given
+        node = node[name]
+        seen = f'{seen}.{name}' if seen else name
+
+
+def check_writable(directory: str) -> None:
+    """Creates `directory` and proves that files can be written there, before any work is done.
+
+    Raises:
+      ConfigError: it cannot be created or written.
+    """
+    from bigssl_jax.config import ConfigError
+
+    try:
+        pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b'\0')
+    except OSError as error:
+        raise ConfigError(
+            f'--workdir {directory!r} cannot be written ({error.strerror}); name another folder'
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------
+# corpora
+
+
+def _add_prepare(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        'prepare',
+        'Prepare a corpus.  Reads a manifest or a TFDS builder, writes indexed shards; bad files go'
+        ' to quarantine.jsonl; interrupted, the same command continues.',
+        '  bigssl prepare --manifest speech.jsonl --out corpora/mine\n'
+        '  bigssl prepare --tfds open_voices/ast_en --out corpora/ast_en\n'
+        'a manifest line: {"audio": "a.flac", "text": "hello there", "speaker": "anna"}',
+        _prepare,
+    )
+    source = verb.add_mutually_exclusive_group(required=True)
+    source.add_argument('--manifest', metavar='FILE', help='JSON Lines (.jsonl) or TSV')
+    source.add_argument('--tfds', metavar='NAME', help='a TFDS builder: name[/config][:version]')
+    verb.add_argument('--out', required=True, metavar='DIR', help='the corpus to make')
+    verb.add_argument('--jobs', type=int, metavar='N', help='processes (default: one per core)')
+
+
+def _prepare(options: argparse.Namespace) -> Any:
+    from bigssl_jax.data.prepare import prepare_command
+
+    return prepare_command(options)
+
+
+def _add_inspect(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        'inspect',
+        'Show what a corpus holds.  Counts, hours, lengths, padding waste of buckets, examples.',
+        '  bigssl inspect runs/quickstart/corpora/queen',
+        _inspect,
+    )
+    verb.add_argument('corpus', metavar='DIR', help='a prepared corpus')
+
+
+def _inspect(options: argparse.Namespace) -> Any:
+    from bigssl_jax.data.inspect import inspect_command
+
+    return inspect_command(options)
+
+
+# ---------------------------------------------------------------------------------------------
+# transcribe, score, report
+
+
+def _add_transcribe(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        'transcribe',
+        'Transcribe audio files.  wav, flac, ogg, opus, mp3 of any rate; one line of text a file.',
+        '  bigssl transcribe --checkpoint runs/quickstart/student hello.wav talk.flac\n'
+        '  bigssl transcribe --checkpoint runs/quickstart/student --output out.jsonl *.flac',
+        _transcribe,
+    )
+    verb.add_argument(
+        '--checkpoint', required=True, metavar='DIR', help="a fine-tuning stage's folder"
+    )
+    verb.add_argument('audio', nargs='+', metavar='AUDIO', help='audio files')
+    verb.add_argument(
+        '--output', metavar='FILE', help='JSON Lines: id, text, confidence, seconds, tokens'
+    )
+
+
+def _transcribe(options: argparse.Namespace) -> Any:
+    from bigssl_jax.parallel.startup import configure_platform
+
+    configure_platform()
+    from bigssl_jax.stages.transcribe import transcribe_command
+
+    return transcribe_command(options.checkpoint, options.audio, options.output)
+
+
+def _add_score(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        'score',
+        'Score hypotheses.  WER and CER, substitutions, deletions, insertions, 95 % intervals; with'
+        ' --baseline, a paired test against a second system.',
+        '  bigssl score --references test.jsonl --hypotheses student.jsonl \\\n'
+        '      --baseline teacher.jsonl\n'
+        'each line: {"id": "u1", "text": "hello there"}',
+        _score,
+    )
+    verb.add_argument('--references', required=True, metavar='FILE', help='JSON Lines: id, text')
+    verb.add_argument('--hypotheses', required=True, metavar='FILE', help='JSON Lines: id, text')
+    verb.add_argument('--baseline', metavar='FILE', help='a second system, for the paired test')
+    verb.add_argument(
+        '--normaliser', default='english', metavar='NAME', help='text normaliser (default: english)'
+    )
+
+
+def _score(options: argparse.Namespace) -> Any:
+    from bigssl_jax.data.text import normalise_text
+    from bigssl_jax.evaluation.score import score_command
+
+    return score_command(options, lambda text: normalise_text(text, options.normaliser))
+
+
+def _add_report(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        'report',
+        'Write the report of a run.  One self-contained HTML page: tables, curves, alignments.',
+        '  bigssl report runs/quickstart',
+        _report,
+    )
+    verb.add_argument('workdir', metavar='DIR', help='the workdir of a run')
+    verb.add_argument('--output', metavar='FILE', help='the page (default: DIR/report.html)')
+
+
+def _report(options: argparse.Namespace) -> Any:
+    from bigssl_jax.evaluation.report import write_report
+
+    return write_report(options.workdir, options.output)
+
+
+def _write_json(result: Any, path: str | None) -> None:
+    """Writes a verb's result for machines."""
+    if path is None:
+        return
+    from bigssl_jax.config import UserError
+
+    text = json.dumps(result, indent=1, default=str) + '\n'
+    try:
+        pathlib.Path(path).write_text(text)
+    except OSError as error:
+        raise UserError(f'--json {path!r} cannot be written ({error.strerror})') from error
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Writing to a folder that may be killed, shared or full at any moment.
+
+A file appears under its name complete or not at all: written under a temporary name, flushed to the
+disk, renamed. A folder has one writer at a time, by a lock that the operating system drops when its
+holder dies, so that no stale lock can ever stand in the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+
+from bigssl_jax.data.errors import DataError
+
+LOCK = '.lock'
+TEMPORARY = '.tmp'
+
+
+@contextlib.contextmanager
+def atomic_path(path: str) -> Iterator[str]:
+    """Yields a temporary name to write to; at the end of the block it becomes `path`."""
+    temporary = f'{path}.{os.getpid()}{TEMPORARY}'
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(os.path.dirname(path) or '.')
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def write_atomically(path: str, content: bytes) -> None:
+    """Writes a small file so that it is there complete or not at all."""
+    with atomic_path(path) as temporary, open(temporary, 'wb') as file:
+        file.write(content)
+
+
+def _sync(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_temporaries(directory: str) -> None:
+    """Removes what killed writers left behind; only the holder of the folder's lock may."""
+    for name in os.listdir(directory):
+        if name.endswith(TEMPORARY):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(directory, name))
+
+
+@contextlib.contextmanager
+def folder_lock(directory: str) -> Iterator[None]:
+    """Makes `directory` if needed and holds it alone; DataError names the process that has it.
+
+    A folder that holds other people's files is refused: nothing is ever written among them.
+    """
+    path = os.path.join(directory, LOCK)
+    try:
+        os.makedirs(directory, exist_ok=True)
+        others = [name for name in os.listdir(directory) if name != LOCK]
+        if others and not os.path.exists(path):
+            raise DataError(
+                f'{directory}: holds other files ({", ".join(sorted(others)[:3])}); '
+                'choose a new or an empty folder'
+            )
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise DataError(f'{directory}: cannot be written to: {error.strerror or error}') from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 200).decode(errors='replace') or 'unknown'
+            raise DataError(
+                f'{directory}: another process is at work on this folder ({holder}); '
+                'wait for it to end, or choose another folder'
+            ) from None
+        os.ftruncate(handle, 0)
+        os.write(handle, f'process {os.getpid()} on {socket.gethostname()}'.encode())
+        os.fsync(handle)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,155 @@
+"""Entries from TensorFlow Datasets: our own `open_voices`, and the speech builders TFDS brings.
+
+    'librispeech/lazy_decode'   a registered builder, name[/config][:version]
+    'open_voices/queen'         ours; its module is imported so that it is registered
+    '/data/tfds/mine/1.0.0'     a folder of a prepared dataset
+
+Builders name their features as they like; `FEATURES` lists the names understood, the first that a
+builder has is taken. Audio is either a TFDS `Audio` feature (samples) or the bytes of a file.
+Entries come in the stored order, every split after the other, and are never held all at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from bigssl_jax.data.errors import DataError
+from bigssl_jax.data.manifest import Entry
+
+FEATURES = {
+    'audio': ('audio', 'speech'),
+    'id': ('id', 'utterance_id', 'audio_id'),
+    'text': ('text', 'transcription', 'transcript', 'sentence', 'raw_transcription'),
+    'speaker': ('speaker', 'speaker_id', 'client_id'),
+    'language': ('language', 'locale', 'lang_id'),
+    'domain': ('domain',),
+    'group': ('group', 'chapter_id'),
+    'split': ('split',),
+    'seen': ('seen',),
+    'licence': ('licence', 'license'),
+    'encoding': ('encoding',),
+    'sample_rate': ('sample_rate', 'sampling_rate'),
+}
+
+
+def entries_from_tfds(name: str, data_dir: str | None = None) -> TfdsEntries:
+    """The entries of a TFDS dataset, which is built (and so perhaps downloaded) if it is not there.
+
+    Raises DataError for an unknown builder, a failed build, or features that hold no speech.
+    """
+    import tensorflow_datasets as tfds
+
+    if name.split('/')[0].split(':')[0] == 'open_voices':
+        from bigssl_jax.data.open_voices import open_voices_dataset_builder  # noqa: F401
+    try:
+        if os.path.isdir(os.path.expanduser(name)):
+            builder = tfds.builder_from_directory(os.path.expanduser(name))
+        else:
+            builder = tfds.builder(name, data_dir=data_dir)
+            builder.download_and_prepare()
+    except DataError:
+        raise
+    except Exception as error:  # TFDS raises what it likes, from KeyError to its own kinds
+        reason = str(error).strip().split('\n')[0][:300]
+        raise DataError(f'TFDS dataset {name!r} cannot be built: {reason}') from error
+    return TfdsEntries(builder, name)
+
+
+class TfdsEntries:
+    """An iterable of entries that can be read again; `identity` names the dataset's version.
+
+    Attributes: `identity` str; `licence`, `source` str for corpus.json.
+    """
+
+    def __init__(self, builder: Any, name: str) -> None:
+        self._builder = builder
+        self.source = f'tfds:{builder.info.full_name}'
+        self.attribution = ' '.join((builder.info.citation or '').split())
+        self._splits = sorted(builder.info.splits)
+        sizes = [
+            (split, builder.info.splits[split].num_examples, builder.info.splits[split].num_bytes)
+            for split in self._splits
+        ]
+        self.identity = f'{builder.info.full_name} {sizes}'
+        self._length = sum(size for _, size, _ in sizes)
+        features = builder.info.features
+        self._names = {
+            field: next((name for name in names if name in features), None)
+            for field, names in FEATURES.items()
+        }
+        audio = self._names['audio']
+        if audio is None:
+            raise DataError(
+                f'TFDS dataset {name!r} has no feature {" or ".join(FEATURES["audio"])}; '
+                f'it has {", ".join(features)}'
+            )
+        self._audio: str = audio
+        # The Audio feature knows the rate of its samples; encoded bytes bring their own.
+        self._rate = getattr(features[audio], 'sample_rate', None)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Entry]:
+        for split in self._splits:
+            for number, example in enumerate(self._examples(split)):
+                yield self._entry(example, split, number)
+
+    def _examples(self, split: str) -> Iterator[dict[str, Any]]:
+        if 'array_record' in str(self._builder.info.file_format.value):
+            yield from self._builder.as_data_source(split)
+            return
+        import tensorflow_datasets as tfds
+
+        read = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+        dataset = self._builder.as_dataset(split, shuffle_files=False, read_config=read)
+        yield from tfds.as_numpy(dataset)
+
+    def _entry(self, example: dict[str, Any], split: str, number: int) -> Entry:
+        values = {
+            field: _plain(example[name])
+            for field, name in self._names.items()
+            if name is not None and field != 'audio'
+        }
+        audio = example[self._audio]
+        if not isinstance(audio, bytes):
+            rate = self._rate or values.get('sample_rate')
+            if not rate:
+                raise DataError(f'{self.source}: samples without a sample rate cannot be used')
+            audio, values['sample_rate'] = _int16(np.asarray(audio)), int(rate)
+        elif values.get('sample_rate') is not None:
+            # Ours: 0 believes the file's header.
+            values['sample_rate'] = int(values['sample_rate']) or None
+        key = f'{values.pop("id", "") or f"{split}-{number:08d}"}'
+        values['split'] = values.get('split') or split
+        if values.get('encoding'):
+            values['encoding'] = '.' + values['encoding'].removeprefix('.')
+        return Entry(id=key, audio=audio, **_as_entry_fields(values))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode('utf-8', errors='replace')
+    return value.item() if isinstance(value, np.generic | np.ndarray) else value
+
+
+def _as_entry_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that name something (a speaker) become text; what must not be text stays."""
+    keep = ('seen', 'sample_rate', 'text')
+    return {
+        field: value if field in keep else str(value)
+        for field, value in values.items()
+        if value is not None
+    }
+
+
+def _int16(samples: np.ndarray) -> np.ndarray:
+    """TFDS `Audio` samples: int64 within the range of int16, or float in [-1, 1]."""
+    samples = samples.mean(axis=-1) if samples.ndim == 2 else samples
+    if np.issubdtype(samples.dtype, np.floating) and np.abs(samples).max(initial=0) <= 1:
+        samples = samples * 32768.0
+    return np.clip(np.rint(samples), -32768, 32767).astype(np.int16)

@@ -1,0 +1,14 @@
+"""Objectives: losses on top of the one encoder.
+
+An objective is a frozen dataclass with `name`, `init_params(key, encoder_config)`,
+`init_constants(key)`, `totals(encode, params, constants, batch, key)`, `summarise(totals)` and
+`health(summary)`.  Totals are additive: summing them over micro-batches or steps is exact.
+"""
+
+from bigssl_jax.objectives.best_rq import BestRQ
+from bigssl_jax.objectives.ctc import CTC
+from bigssl_jax.objectives.encoder_call import EncoderCall
+from bigssl_jax.objectives.quantizer import quantize
+from bigssl_jax.objectives.wav2vec2 import Wav2Vec2
+
+__all__ = ['CTC', 'BestRQ', 'EncoderCall', 'Wav2Vec2', 'quantize']

@@ -1,0 +1,125 @@
+"""Sharding is declared once: logical axis names on arrays, and this table of rules.
+
+Parameters carry logical names from `nn.with_logical_partitioning`; activations get theirs from
+`constrain`.  A rule maps a logical name to mesh axes; a mesh axis serves at most one dimension of
+an array, first come first served, and only where the dimension divides.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# logical name -> mesh axes
+RULES: dict[str, tuple[str, ...]] = {
+    # activations
+    'batch': ('data', 'fsdp'),
+    'time': (),
+    'activation': (),
+    # parameters
+    'embed': ('fsdp',),
+    'mlp': ('tensor',),
+    'heads': ('tensor',),
+    'head_dim': (),
+    'kernel': (),
+    'channel': ('tensor',),
+    'mel': (),
+    'vocab': ('tensor',),
+    'code': (),
+    'layer': (),
+}
+
+_active_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar('mesh', default=None)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
+    """Makes `constrain` resolve names on `mesh` while a program is traced."""
+    token = _active_mesh.set(mesh)
+    try:
+        yield mesh
+    finally:
+        _active_mesh.reset(token)
+
+
+def resolve_axes(
+    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
+) -> PartitionSpec:
+    """The PartitionSpec of an array of `shape` whose dimensions carry logical `names`.
+
+    Raises:
+      ValueError: an unknown name, or another number of names than of dimensions.
+    """
+    if len(names) != len(shape):
+        raise ValueError(f'{len(names)} logical axes {tuple(names)} for an array of {tuple(shape)}')
+    used: set[str] = set()
+    spec: list[Any] = []
+    for name, size in zip(names, shape, strict=True):
+        if name is not None and name not in RULES:
+            raise ValueError(f'unknown logical axis {name!r}; known: {", ".join(sorted(RULES))}')
+        axes = [a for a in RULES.get(name, ()) if mesh.shape[a] > 1 and a not in used]
+        while axes and size % _product(mesh, axes):
+            axes.pop()
+        used.update(axes)
+        spec.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*spec)
+
+
+def _product(mesh: Mesh, axes: Sequence[str]) -> int:
+    product = 1
+    for axis in axes:
+        product *= mesh.shape[axis]
+    return product
+
+
+def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """Asks the compiler to lay `x` out by its logical axis names; the values do not change.
+
+    Outside `use_mesh` this is the identity when there is a single device.
+
+    Raises:
+      RuntimeError: several devices and no mesh: the constraint would silently vanish.
+    """
+    mesh = _active_mesh.get()
+    if mesh is None:
+        if jax.device_count() == 1:
+            return x
+        raise RuntimeError(
+            f'constrain({tuple(names)}) with {jax.device_count()} devices and no mesh:'
+            ' trace the program inside parallel.use_mesh(mesh)'
+        )
+    spec = resolve_axes(names, x.shape, mesh)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def logical_to_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree of (possibly abstract) boxed parameters.
+
+    Args:
+      boxed: a tree whose leaves are `nn.LogicallyPartitioned` boxes or plain arrays (replicated).
+      mesh: the device mesh.
+
+    Returns:
+      The same tree without boxes, a `NamedSharding` in place of each array.
+    """
+
+    def one(leaf: Any) -> NamedSharding:
+        if isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, resolve_axes(leaf.names, leaf.value.shape, mesh))
+        return replicated(mesh)
+
+    return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())

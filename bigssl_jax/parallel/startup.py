@@ -1,0 +1,41 @@
+"""What must be set before JAX starts: host devices, compilation cache, quiet logs.
+
+XLA:CPU runs one small model on about one core.  With n host devices and a data-parallel mesh it
+uses n cores, so on a CPU `configure_platform` asks for one host device per core.  The request has
+no effect on the devices of a TPU or GPU.
+"""
+
+import os
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def configure_platform(host_devices: int | None = None) -> None:
+    """Sets the environment for JAX; call it before the first use of a device.
+
+    XLA reads its flags once, when a backend starts; importing JAX does not start one.
+
+    Args:
+      host_devices: devices that the CPU backend shows; default: one per core.  A count that the
+        user has already put into XLA_FLAGS wins.
+    """
+    flags = os.environ.get('XLA_FLAGS', '')
+    if '--xla_force_host_platform_device_count' not in flags:
+        count = host_devices or cpu_cores()
+        flags = f'{flags} --xla_force_host_platform_device_count={count}'
+        os.environ['XLA_FLAGS'] = flags.strip()
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    os.environ.setdefault('GRPC_VERBOSITY', 'ERROR')
+
+
+def enable_compilation_cache(directory: str) -> None:
+    """Keeps compiled programs in `directory` (unless JAX_COMPILATION_CACHE_DIR names another)."""
+    import jax
+
+    if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+        jax.config.update('jax_compilation_cache_dir', os.path.abspath(directory))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)

@@ -1,0 +1,95 @@
+"""What a stage leaves on disk, and how a rerun knows it.
+
+    <workdir>/<stage>/stage.json   the stage's identity: everything its result follows from; written
+                                   before its first work
+    <workdir>/<stage>/done.json    what it made (with hashes), from what, and its results; written
+                                   last, so its presence means "complete"
+
+A rerun of a finished stage is a no-op; an unfinished one continues; one whose identity differs from
+`stage.json` is refused, because the files beside it belong to another experiment.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from bigssl_jax.config import ConfigError, UserError, config_hash
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON atomically: a reader sees the old file or the whole new one.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    temporary = path.with_name(f'.{path.name}.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open('w') as file:
+            json.dump(value, file, indent=1, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f'cannot write {path}: {error.strerror or error}') from error
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Reads a JSON file, or None when it does not exist."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def file_hash(path: pathlib.Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def differences(old: Any, new: Any, path: str = '') -> list[str]:
+    """The fields in which two nested mappings differ, as `field: old -> new`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for name in sorted(set(old) | set(new)):
+            field = f'{path}.{name}' if path else name
+            found += differences(old.get(name), new.get(name), field)
+        return found
+    same = json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
+    return [] if same else [f'{path}: {old!r} -> {new!r}']
+
+
+def claim(directory: pathlib.Path, identity: Mapping[str, Any]) -> None:
+    """Marks `directory` as belonging to a stage of this identity.
+
+    Raises:
+      ConfigError: it belongs to a stage of another identity.
+    """
+    check(directory, identity)
+    if not (directory / 'stage.json').exists():
+        write_json(directory / 'stage.json', identity)
+
+
+def check(directory: pathlib.Path, identity: Mapping[str, Any]) -> None:
+    """Raises a ConfigError if `directory` belongs to a stage of another identity."""
+    old = read_json(directory / 'stage.json')
+    if old is None:
+        return
+    fields = differences(old, json.loads(json.dumps(identity)))
+    if fields:
+        shown = '; '.join(fields[:4]) + (f'; and {len(fields) - 4} more' if len(fields) > 4 else '')
+        raise ConfigError(
+            f'{directory} was made by another config ({shown}); use another --workdir,'
+            f' or delete {directory} to make it again'
+        )
+
+
+def read_done(directory: pathlib.Path) -> dict[str, Any] | None:
+    """The stage's done.json, or None when it is not finished."""
+    return read_json(directory / 'done.json')
+
+
+def output_hash(done: Mapping[str, Any]) -> str:
+    """One hash for all that a finished stage made; what is made from it records this."""
+    return config_hash({'identity': done['identity'], 'outputs': done['outputs']})

@@ -1,0 +1,119 @@
+"""What every stage is given: the resolved config, its folder, the mesh, and the way to its inputs."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from bigssl_jax.config import config_hash
+from bigssl_jax.stages import artefacts, schema
+from bigssl_jax.training.signals import StopRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """One stage's surroundings.
+
+    Attributes:
+      config: the resolved experiment.
+      name: the stage's name in the config.
+      workdir: the run's folder.
+      mesh: devices.
+      stop: set when a signal has asked for a stop; long loops look at it.
+      later_audio_seconds: audio that later stages will train on.
+    """
+
+    config: Mapping[str, Any]
+    name: str
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    stop: StopRequest
+    later_audio_seconds: float = 0.0
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The stage's own config fields."""
+        return self.config['stages'][self.name]
+
+    @property
+    def directory(self) -> pathlib.Path:
+        """The stage's folder."""
+        return self.workdir / self.name
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that the stage's result follows from."""
+        return schema.identity_of(self.config, self.name)
+
+    @property
+    def tokenizer_path(self) -> pathlib.Path:
+        """The sentencepiece model that the prepare stage trained."""
+        return self.workdir / 'tokenizer' / 'tokenizer.model'
+
+    @property
+    def statistics_path(self) -> pathlib.Path:
+        """Feature statistics of the training audio, from the prepare stage."""
+        return self.workdir / 'prepare' / 'statistics.npz'
+
+    def corpus_directory(self, corpus: str) -> pathlib.Path:
+        """Where the prepared `corpus` lives."""
+        base = self.config['data_dir'] or self.workdir / 'corpora'
+        return pathlib.Path(base) / corpus
+
+    def selection(self, name: str) -> dict[str, Any]:
+        """The named selection with its corpus as a folder and its exclusions spelt out."""
+        spec = dict(self.config['selections'][name])
+        spec['corpus'] = str(self.corpus_directory(spec['corpus']))
+        if spec.get('exclude'):
+            spec['exclude'] = tuple(self.selection(other) for other in spec['exclude'])
+        return spec
+
+    def stream_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """A stage's stream fields as the data room wants them: folders and files, not names."""
+        sources = {}
+        for name, source in fields['sources'].items():
+            labels = source['labels']
+            resolved = {
+                'selection': self.selection(source['selection']),
+                'labels': labels or None,
+                'filter': source['filter'],
+                'weight': source['weight'],
+            }
+            if labels not in ('', 'text'):
+                resolved['labels'] = str(self.workdir / labels / 'labels')
+            sources[name] = resolved
+        labelled = any(source['labels'] for source in fields['sources'].values())
+        return {
+            **{k: v for k, v in fields.items() if k != 'sources'},
+            'sources': sources,
+            'tokenizer': str(self.tokenizer_path) if labelled else None,
+            'normaliser': self.config['tokenizer']['normaliser'],
+            'multiple_of': self.mesh.shape['data'] * self.mesh.shape['fsdp'],
+        }
+
+    def pass_config(self, selection: str, text: bool) -> dict[str, Any]:
+        """The config of one pass over a selection, for labelling and evaluation."""
+        return {
+            'selection': self.selection(selection),
+            'text': text,
+            'normaliser': self.config['tokenizer']['normaliser'],
+            'batch_seconds': self.fields.get('batch_seconds', 128.0),
+            'num_buckets': self.fields.get('num_buckets', 6),
+            'multiple_of': self.mesh.shape['data'] * self.mesh.shape['fsdp'],
+        }
+
+    def input_hashes(self) -> dict[str, str]:
+        """Hashes of the finished stages that this one is made from."""
+        hashes = {}
+        for upstream in ('prepare', *schema.upstream_of(self.fields)):
+            done = artefacts.read_done(self.workdir / upstream)
+            if done is None:
+                raise RuntimeError(f'stage {upstream!r} is not finished')
+            hashes[upstream] = artefacts.output_hash(done)
+        return hashes
+
+    def identity_hash(self) -> str:
+        """The hash that names the stage's identity in checkpoints and label sets."""
+        return config_hash(self.identity)

@@ -1,0 +1,215 @@
+"""The first stage of every recipe: corpora, tokenizer, feature statistics.
+
+Corpora live in `data_dir` (default <workdir>/corpora) and are shared by experiments; the tokenizer
+and the feature statistics belong to the run.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from bigssl_jax.audio import AudioConfig, Statistics, feature_statistics, frame_mask, log_mel
+from bigssl_jax.config import ConfigError
+from bigssl_jax.parallel.startup import cpu_cores
+from bigssl_jax.stages import artefacts
+from bigssl_jax.stages.context import Context
+
+STATISTICS_BATCH = 16
+
+
+def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Makes what is missing; returns (outputs, results) for done.json."""
+    corpora = prepare_corpora(context)
+    tokenizer = train_text_model(context)
+    statistics = measure_features(context)
+    outputs = {
+        'corpora': {name: info['fingerprint'] for name, info in corpora.items()},
+        'statistics': artefacts.file_hash(context.statistics_path),
+    }
+    if tokenizer:
+        outputs['tokenizer'] = tokenizer['sha256']
+    return outputs, {
+        'corpora': corpora,
+        'tokenizer': tokenizer,
+        'statistics': statistics,
+        'selections': selection_sizes(context),
+    }
+
+
+def prepare_corpora(context: Context) -> dict[str, Any]:
+    """Prepares every corpus of the config; returns name -> {rows, hours, fingerprint, synthetic}."""
+    from bigssl_jax.data.corpus import Corpus
+    from bigssl_jax.data.prepare import prepare
+
+    given = context.config['corpora']
+    missing = {
+        name: fields
+        for name, fields in given.items()
+        if not (context.corpus_directory(name) / 'corpus.json').exists()
+    }
+    voices, synthetic = _open_voices(context, missing)
+    report = {}
+    for name, fields in given.items():
+        directory = context.corpus_directory(name)
+        if name in missing:
+            entries: str | Iterable[Any]
+            if fields['manifest']:
+                entries, source = fields['manifest'], f'manifest {fields["manifest"]}'
+            elif fields['tfds']:
+                from bigssl_jax.data.tfds_entries import entries_from_tfds
+
+                entries, source = entries_from_tfds(fields['tfds']), f'tfds {fields["tfds"]}'
+            else:
+                entries = voices[name]
+                source = 'synthetic speech' if synthetic else 'open_voices'
+            prepare(entries, directory, jobs=cpu_cores(), source=source)
+        corpus = Corpus.open(directory)
+        corpus.verify()
+        report[name] = {
+            'rows': len(corpus),
+            'hours': round(corpus.hours, 3),
+            'fingerprint': corpus.fingerprint,
+            'source': corpus.info['source'],
+            'quarantined': corpus.info.get('quarantined', 0),
+        }
+    return report
+
+
+def _open_voices(
+    context: Context, missing: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, list[Any]], bool]:
+    """Entries of the corpora made from open_voices sets: (corpus -> entries, whether synthetic).
+
+    All sets are asked for in one call, so that `seen` holds over the whole experiment.
+    """
+    wanted = {name: fields for name, fields in missing.items() if fields['open_voices']}
+    for name, fields in missing.items():
+        if sum(bool(fields[kind]) for kind in ('manifest', 'tfds', 'open_voices')) != 1:
+            raise ConfigError(
+                f'corpora.{name}: give exactly one of manifest, tfds and open_voices'
+            )
+    if not wanted:
+        return {}, False
+    from bigssl_jax.data.errors import DataError
+    from bigssl_jax.data.open_voices import entries
+
+    cache = context.corpus_directory('open_voices_cache')
+    sets = [name for fields in wanted.values() for name in fields['open_voices']]
+    deb_dir = next((fields['deb_dir'] for fields in wanted.values() if fields['deb_dir']), None)
+    try:
+        found = list(entries(sets, cache, deb_dir=deb_dir, jobs=cpu_cores()))
+    except DataError as error:
+        if not all(fields['fallback_synthetic_hours'] for fields in wanted.values()):
+            raise
+        print(f'{error}\nfalling back to SYNTHETIC speech; results will say so', flush=True)
+        return _synthetic(context, wanted), True
+    by_corpus = {
+        name: [e for e in found if e.id.split('/')[0] in fields['open_voices']]
+        for name, fields in wanted.items()
+    }
+    return by_corpus, False
+
+
+def _synthetic(
+    context: Context, wanted: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[Any]]:
+    """Synthesised entries for every corpus, each with its own sentences."""
+    from bigssl_jax.data import synthetic_speech
+
+    cache = context.corpus_directory('synthetic_cache')
+    return {
+        name: list(
+            synthetic_speech.entries(
+                cache,
+                num_utterances=max(1, round(fields['fallback_synthetic_hours'] * 1480)),
+                seed=seed,
+                jobs=cpu_cores(),
+            )
+        )
+        for seed, (name, fields) in enumerate(sorted(wanted.items()))
+    }
+
+
+def train_text_model(context: Context) -> dict[str, Any] | None:
+    """Trains the tokenizer on the texts of its selection; returns its provenance record."""
+    fields = context.config['tokenizer']
+    if not fields['selection']:
+        return None
+    from bigssl_jax.data.corpus import Corpus
+    from bigssl_jax.data.selection import select
+    from bigssl_jax.data.tokenizer import train_tokenizer
+
+    spec = context.selection(fields['selection'])
+    corpus = Corpus.open(spec['corpus'])
+    rows = select(corpus, spec)
+    texts = [text for text in corpus.column('text').take(rows).to_pylist() if text]
+    return train_tokenizer(
+        texts,
+        context.tokenizer_path,
+        model_type=fields['model_type'],
+        vocabulary_size=fields['vocabulary_size'],
+        normaliser=fields['normaliser'],
+        source=fields['selection'],
+    )
+
+
+def measure_features(context: Context) -> dict[str, float]:
+    """Mean and standard deviation of every mel bin over a subset of the training audio."""
+    from bigssl_jax.data.corpus import Corpus
+    from bigssl_jax.data.selection import id_hash, select
+
+    fields = context.config['statistics']
+    spec = context.selection(fields['selection'])
+    corpus = Corpus.open(spec['corpus'])
+    rows = select(corpus, spec)
+    ids = corpus.column('id').take(rows).to_pylist()
+    rows = rows[np.argsort([id_hash(utterance) for utterance in ids])]
+    seconds = np.cumsum(corpus.sample_counts[rows]) / corpus.sample_rate
+    rows = rows[: int(np.searchsorted(seconds, fields['seconds'])) + 1]
+    audio = AudioConfig(**context.config['audio'])
+    statistics = feature_totals(corpus, rows, audio)
+    context.statistics_path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        context.statistics_path,
+        feature_mean=np.asarray(statistics.mean, np.float32),
+        feature_std=np.asarray(statistics.std, np.float32),
+    )
+    return {'utterances': len(rows), 'seconds': round(float(min(seconds[-1], fields['seconds'])))}
+
+
+def feature_totals(corpus: Any, rows: np.ndarray, audio: AudioConfig) -> Statistics:
+    """Statistics over `rows` of a corpus, in float64 on the host, log-mel on the accelerator."""
+    longest = int(corpus.sample_counts[rows].max())
+
+    @jax.jit
+    def totals(waveform: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        features, frame_counts = log_mel(waveform, counts, audio)
+        return feature_statistics(features, frame_mask(frame_counts, features.shape[1]))
+
+    total: tuple[Any, Any, Any] = (0.0, 0.0, 0.0)
+    for start in range(0, len(rows), STATISTICS_BATCH):
+        waveform = np.zeros((STATISTICS_BATCH, longest), np.int16)
+        counts = np.zeros(STATISTICS_BATCH, np.int32)
+        for i, row in enumerate(rows[start : start + STATISTICS_BATCH]):
+            samples = corpus.read(int(row))
+            waveform[i, : len(samples)], counts[i] = samples, len(samples)
+        batch = jax.device_get(totals(waveform, counts))
+        total = tuple(t + np.asarray(b, np.float64) for t, b in zip(total, batch, strict=True))
+    return Statistics.from_totals(*total)
+
+
+def selection_sizes(context: Context) -> dict[str, dict[str, float]]:
+    """Utterances and hours of every named selection, for the report."""
+    from bigssl_jax.data.corpus import Corpus
+    from bigssl_jax.data.selection import select
+
+    sizes = {}
+    for name in context.config['selections']:
+        spec = context.selection(name)
+        corpus = Corpus.open(spec['corpus'])
+        rows = select(corpus, spec)
+        seconds = float(corpus.sample_counts[rows].sum()) / corpus.sample_rate
+        sizes[name] = {'utterances': len(rows), 'hours': round(seconds / 3600, 3)}
+    return sizes

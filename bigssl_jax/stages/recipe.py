@@ -1,0 +1,150 @@
+"""Runs a recipe: the prepare stage, then the config's stages in order.
+
+Each stage is a module with `run(context) -> (outputs, results)`.  The recipe checks the whole
+config and every existing folder before any work, skips what is done, and writes `done.json` when a
+stage returns.
+"""
+
+import datetime
+import importlib
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+import bigssl_jax
+from bigssl_jax.config import ConfigError, UserError, config_hash, unknown_field
+from bigssl_jax.parallel import make_mesh
+from bigssl_jax.parallel.startup import cpu_cores, enable_compilation_cache
+from bigssl_jax.stages import artefacts, schema
+from bigssl_jax.stages.context import Context
+from bigssl_jax.training.metrics import clock
+from bigssl_jax.training.signals import stop_on_signals
+
+
+def run_recipe(
+    config: Any, workdir: str | os.PathLike, stages: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Runs an experiment's stages, or those named, and returns a summary.
+
+    Args:
+      config: the experiment, a ConfigDict or a mapping.
+      workdir: its folder; made when missing.
+      stages: only these (their inputs must be done); default: the whole recipe.
+
+    Returns:
+      {'name', 'workdir', 'config_hash', 'stages': {stage: results}, 'ran': stages that had work}.
+
+    Raises:
+      UserError: a bad config, a workdir of another config, unusable data.
+      Stopped: a signal asked for a stop; the same command continues.
+    """
+    resolved = schema.resolve(config)
+    workdir = pathlib.Path(workdir).absolute()
+    wanted = _wanted(resolved, stages)
+    contexts = {name: _check(resolved, workdir, name) for name in wanted}
+    artefacts.write_json(
+        workdir / 'config.json',
+        {
+            'config': resolved,
+            'hash': config_hash(resolved),
+            'version': bigssl_jax.__version__,
+            'machine': machine_class(),
+        },
+    )
+    pending = [name for name in wanted if artefacts.read_done(workdir / name) is None]
+    if pending:
+        cache = resolved['compute']['compilation_cache'] or str(workdir / 'compilation_cache')
+        enable_compilation_cache(cache)
+        _announce(resolved, pending, wanted)
+        mesh = make_mesh(resolved['compute']['mesh'])
+        with stop_on_signals() as stop:
+            for number, name in enumerate(pending):
+                later = sum(schema.training_audio_seconds(resolved, n) for n in pending[number + 1 :])
+                _run_stage(contexts[name] | {'mesh': mesh, 'stop': stop, 'later': later})
+    else:
+        print(f'all {len(wanted)} stages of {resolved["name"]!r} are done: {", ".join(wanted)}')
+    results = {}
+    for name in wanted:
+        done = artefacts.read_done(workdir / name)
+        results[name] = done['results'] if done else None
+    return {
+        'name': resolved['name'],
+        'workdir': str(workdir),
+        'config_hash': config_hash(resolved),
+        'stages': results,
+        'ran': pending,
+    }
+
+
+def _wanted(config: Mapping[str, Any], stages: Sequence[str] | None) -> list[str]:
+    recipe = ['prepare', *config['recipe']]
+    for name in stages or ():
+        if name not in recipe:
+            raise unknown_field('recipe', name, recipe)
+    return [name for name in recipe if not stages or name in stages]
+
+
+def _check(config: Mapping[str, Any], workdir: pathlib.Path, name: str) -> dict[str, Any]:
+    """Refuses a folder of another config, and missing inputs of stages run on their own."""
+    artefacts.check(workdir / name, schema.identity_of(config, name))
+    if workdir.exists() and not os.access(workdir, os.W_OK):
+        raise UserError(f'--workdir {workdir} is read-only; name a folder that can be written')
+    return {'config': config, 'workdir': workdir, 'name': name}
+
+
+def _announce(config: Mapping[str, Any], pending: Sequence[str], wanted: Sequence[str]) -> None:
+    audio = sum(schema.training_audio_seconds(config, name) for name in pending)
+    speed = config['compute']['expected_speed'] * cpu_cores()
+    device = jax.devices()[0].platform
+    about = f', about {clock(audio / speed)} of training' if device == 'cpu' and audio else ''
+    print(
+        f'{config["name"]}: {len(pending)} of {len(wanted)} stages to do'
+        f' ({", ".join(pending)}){about} on {jax.device_count()} {device} devices',
+        flush=True,
+    )
+
+
+def _run_stage(given: Mapping[str, Any]) -> None:
+    name, config, workdir = given['name'], given['config'], given['workdir']
+    context = Context(config, name, workdir, given['mesh'], given['stop'], given['later'])
+    inputs = {} if name == 'prepare' else _inputs(context)
+    artefacts.claim(context.directory, context.identity)
+    kind = 'prepare' if name == 'prepare' else context.fields['kind']
+    started = time.time()
+    outputs, results = importlib.import_module(f'bigssl_jax.stages.{kind}').run(context)
+    previous = artefacts.read_json(context.directory / 'elapsed.json') or 0.0
+    seconds = previous + time.time() - started
+    artefacts.write_json(
+        context.directory / 'done.json',
+        {
+            'stage': name,
+            'kind': kind,
+            'identity': context.identity_hash(),
+            'config_hash': config_hash(config),
+            'inputs': inputs,
+            'outputs': outputs,
+            'results': results,
+            'seconds': round(seconds, 1),
+            'finished_at': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        },
+    )
+    print(f'{name}: done in {clock(seconds)}', flush=True)
+
+
+def _inputs(context: Context) -> dict[str, str]:
+    try:
+        return context.input_hashes()
+    except RuntimeError as error:
+        raise ConfigError(f'{context.name}: {error}; run it first (--stages)') from error
+
+
+def machine_class() -> str:
+    """A description of the machine that names no host: architecture, cores, accelerator."""
+    device = jax.devices()[0]
+    kind = '' if device.platform == 'cpu' else f', {jax.device_count()} x {device.device_kind}'
+    return f'{platform.machine()}, {cpu_cores()} CPU cores{kind}'

@@ -1,0 +1,279 @@
+"""What an experiment config may say: every field with its default, and the cross-field checks.
+
+    corpora      name -> where the speech comes from
+    selections   name -> which rows of a corpus
+    tokenizer    trained on the texts of one selection
+    stages       name -> fields of its kind (pretrain, finetune, pseudo_label, evaluate)
+    recipe       the order in which the stages run; 'prepare' comes first by itself
+
+`resolve` lays an experiment's config over these defaults and checks what it refers to.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from bigssl_jax.audio import AudioConfig, NoiseConfig, SpecAugmentConfig, SpeedConfig
+from bigssl_jax.config import ConfigError, choose, config_hash, merge, to_dict, unknown_field
+from bigssl_jax.models.presets import NAMES, conformer
+from bigssl_jax.objectives import CTC, BestRQ
+from bigssl_jax.training.optimizers import GROUP_DEFAULTS
+
+OBJECTIVES: dict[str, Any] = {'best_rq': BestRQ, 'ctc': CTC}
+# Fields of an objective that follow from the rest of the experiment.
+DERIVED = ('name', 'vocabulary_size', 'num_mels')
+
+EXPERIMENT: dict[str, Any] = {
+    'name': '',
+    'seed': 0,
+    # Where prepared corpora live; '' is <workdir>/corpora.  Experiments may share a folder.
+    'data_dir': '',
+    'corpora': {},
+    'selections': {},
+    'tokenizer': {
+        'model_type': 'char',
+        'vocabulary_size': 64,
+        'selection': '',
+        'normaliser': 'english',
+    },
+    # Feature statistics are taken from this many seconds of this selection.
+    'statistics': {'selection': '', 'seconds': 3600.0},
+    'audio': dataclasses.asdict(AudioConfig()),
+    'encoder': {},
+    'compute': {
+        'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
+        'compilation_cache': '',
+        'tensorboard': True,
+        # Seconds of audio a core trains on in a second, for the time left before it is measured.
+        'expected_speed': 60.0,
+    },
+    'stages': {},
+    'recipe': (),
+}
+
+CORPUS: dict[str, Any] = {
+    'manifest': '',
+    'tfds': '',
+    'open_voices': (),
+    # Speech synthesised when open_voices cannot be had; hours of it, 0: never.
+    'fallback_synthetic_hours': 0.0,
+    # Folder with the .deb files of open_voices, for systems without apt.
+    'deb_dir': '',
+}
+
+STREAM: dict[str, Any] = {
+    'sources': {},
+    'batch_seconds': 64.0,
+    'num_buckets': 3,
+    'min_seconds': 0.5,
+    'max_seconds': 15.0,
+    'max_labels': 256,
+    'rates': 'weights',
+}
+
+SOURCE: dict[str, Any] = {'selection': '', 'labels': '', 'filter': None, 'weight': 1.0}
+
+OPTIMIZER: dict[str, Any] = {'groups': {}, 'clip_norm': 5.0, 'ema_decay': 0.0, 'micro_batches': 1}
+
+TRAINING: dict[str, Any] = {
+    'kind': '',
+    'steps': 1000,
+    'init_from': '',
+    'objectives': {},
+    'streams': {},
+    'spec_augment': None,
+    'speed_perturb': None,
+    'noise': None,
+    'optimizer': OPTIMIZER,
+    'log_every': 20,
+    'eval_every': 0,
+    'dev': '',
+    'save_every': 500,
+    'keep': 2,
+}
+
+OBJECTIVE: dict[str, Any] = {'objective': '', 'stream': '', 'weight': 1.0}
+
+KINDS: dict[str, dict[str, Any]] = {
+    'pretrain': TRAINING,
+    'finetune': TRAINING,
+    'pseudo_label': {
+        'kind': '',
+        'teacher': '',
+        'selection': '',
+        'filter': {},
+        'batch_seconds': 128.0,
+        'num_buckets': 6,
+    },
+    'evaluate': {
+        'kind': '',
+        'models': (),
+        'sets': {},
+        'compare': (),
+        'batch_seconds': 128.0,
+        'num_buckets': 6,
+        'report_clips': 40,
+    },
+}
+
+
+def resolve(config: Any) -> dict[str, Any]:
+    """The experiment with every default filled in, as plain dicts.
+
+    Raises:
+      ConfigError: an unknown field (naming the nearest), a wrong type, a reference to nothing.
+    """
+    given = to_dict(config)
+    resolved = merge('', EXPERIMENT, {k: v for k, v in given.items() if k != 'encoder'})
+    resolved['encoder'] = _encoder(given.get('encoder', {}))
+    resolved['corpora'] = _table('corpora', resolved['corpora'], CORPUS)
+    if not resolved['corpora']:
+        raise ConfigError('config field corpora is empty; name at least one corpus')
+    stages = {}
+    for name, fields in resolved['stages'].items():
+        kind = choose(f'stages.{name}.kind', fields.get('kind'), KINDS)
+        stages[name] = merge(f'stages.{name}', KINDS[kind], fields)
+        if KINDS[kind] is TRAINING:
+            stages[name] = _training_stage(f'stages.{name}', stages[name])
+    resolved['stages'] = stages
+    _check_references(resolved)
+    return resolved
+
+
+def _table(field: str, entries: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    for name, entry in entries.items():
+        if not isinstance(entry, Mapping):
+            raise ConfigError(f'config field {field}.{name} is {entry!r}; it must be a group')
+    return {name: merge(f'{field}.{name}', defaults, entry) for name, entry in entries.items()}
+
+
+def _encoder(given: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields of the ConformerConfig that `encoder.preset` and its overrides make."""
+    overrides = {name: value for name, value in given.items() if name != 'preset'}
+    preset = choose('encoder.preset', given.get("preset", "tiny"), NAMES)
+    defaults = dataclasses.asdict(conformer(preset))
+    return {'preset': preset, **merge('encoder', defaults, overrides)}
+
+
+def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
+    for name, config in (
+        ('spec_augment', SpecAugmentConfig),
+        ('speed_perturb', SpeedConfig),
+        ('noise', NoiseConfig),
+    ):
+        if stage[name] is not None:
+            defaults = dataclasses.asdict(config())
+            stage[name] = merge(f'{field}.{name}', defaults, stage[name])
+    stage['streams'] = _table(f'{field}.streams', stage['streams'], STREAM)
+    for name, stream in stage['streams'].items():
+        path = f'{field}.streams.{name}'
+        stream['sources'] = _table(f'{path}.sources', stream['sources'], SOURCE)
+        if not stream['sources']:
+            raise ConfigError(f'config field {path}.sources is empty; name at least one source')
+    objectives = {}
+    for name, fields in stage['objectives'].items():
+        path = f'{field}.objectives.{name}'
+        objective = choose(f'{path}.objective', fields.get('objective'), OBJECTIVES)
+        defaults = OBJECTIVE | {
+            f.name: f.default
+            for f in dataclasses.fields(OBJECTIVES[objective])
+            if f.name not in DERIVED
+        }
+        objectives[name] = merge(path, defaults, fields)
+        try:
+            make_objective(objectives[name], vocabulary_size=2, num_mels=80)
+        except ValueError as error:
+            raise ConfigError(f'{path}: {error}') from error
+        if objectives[name]['stream'] not in stage['streams']:
+            raise unknown_field(f'{field}.streams', objectives[name]['stream'], stage['streams'])
+    if not objectives:
+        raise ConfigError(f'config field {field}.objectives is empty; name at least one objective')
+    stage['objectives'] = objectives
+    groups = stage['optimizer']['groups'] or {'all': {}}
+    stage['optimizer']['groups'] = _table(f'{field}.optimizer.groups', groups, GROUP_DEFAULTS)
+    return stage
+
+
+def make_objective(
+    fields: Mapping[str, Any], vocabulary_size: int | None, num_mels: int
+) -> Any:
+    """The objective that a config entry (or an entry of model.json) describes."""
+    objective = OBJECTIVES[fields['objective']]
+    derived = {'vocabulary_size': vocabulary_size, 'num_mels': num_mels}
+    known = {field.name for field in dataclasses.fields(objective)} - {'name'}
+    return objective(**{k: v for k, v in {**fields, **derived}.items() if k in known})
+
+
+def training_audio_seconds(config: Mapping[str, Any], name: str) -> float:
+    """Seconds of audio, padding included, that a stage trains on."""
+    fields = config['stages'].get(name, {})
+    used = {objective['stream'] for objective in fields.get('objectives', {}).values()}
+    seconds = sum(fields['streams'][stream]['batch_seconds'] for stream in used)
+    return float(fields.get('steps', 0) * seconds)
+
+
+def _check_references(config: Mapping[str, Any]) -> None:
+    """Every name that a field refers to exists, and is made before it is needed."""
+    selections = config['selections']
+    for name, selection in selections.items():
+        if selection.get('corpus') not in config['corpora']:
+            raise unknown_field('corpora', str(selection.get('corpus')), config['corpora'])
+        for other in selection.get('exclude', ()):
+            _must_exist(f'selections.{name}.exclude', other, selections)
+    _must_exist('statistics.selection', config['statistics']['selection'], selections)
+    if config['tokenizer']['selection']:
+        _must_exist('tokenizer.selection', config['tokenizer']['selection'], selections)
+    before: list[str] = []
+    for name in config['recipe']:
+        _must_exist('recipe', name, config['stages'])
+        for upstream in upstream_of(config['stages'][name]):
+            if upstream not in before:
+                raise ConfigError(
+                    f'stages.{name} needs stage {upstream!r}, which is not before it in recipe'
+                    f' {tuple(config["recipe"])}'
+                )
+        for field, selection in _selections_of(config['stages'][name]):
+            _must_exist(f'stages.{name}.{field}', selection, selections)
+        before.append(name)
+
+
+def _must_exist(field: str, name: str, table: Mapping[str, Any]) -> None:
+    if name not in table:
+        raise ConfigError(
+            f'config field {field} is {name!r}, which is not defined; defined: {sorted(table)}'
+        )
+
+
+def upstream_of(stage: Mapping[str, Any]) -> list[str]:
+    """The stages whose results `stage` uses."""
+    names = [stage.get('init_from'), stage.get('teacher'), *stage.get('models', ())]
+    for stream in stage.get('streams', {}).values():
+        names += [
+            s['labels'] for s in stream['sources'].values() if s['labels'] not in ('', 'text')
+        ]
+    return [name for name in dict.fromkeys(names) if name]
+
+
+def _selections_of(stage: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = [('selection', stage['selection'])] if 'selection' in stage else []
+    found += [(f'sets.{name}', value) for name, value in stage.get('sets', {}).items()]
+    if stage.get('dev'):
+        found.append(('dev', stage['dev']))
+    for stream_name, stream in stage.get('streams', {}).items():
+        for name, source in stream['sources'].items():
+            found.append((f'streams.{stream_name}.sources.{name}', source['selection']))
+    return found
+
+
+def identity_of(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """Everything that a stage's result follows from: its own fields, the shared ones, its inputs."""
+    shared = ('seed', 'audio', 'encoder', 'tokenizer', 'statistics', 'corpora', 'selections')
+    fields = {} if stage == 'prepare' else dict(config['stages'][stage])
+    return {
+        'stage': stage,
+        'fields': fields,
+        'shared': {name: config[name] for name in shared},
+        'upstream': {
+            name: config_hash(identity_of(config, name)) for name in upstream_of(fields)
+        },
+    }

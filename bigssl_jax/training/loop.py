@@ -1,0 +1,211 @@
+"""The one training loop.
+
+    restore or initialise  ->  for step k: batch k of every stream, one train step
+                           ->  now and then: log, evaluate, save
+    on SIGTERM or SIGINT   ->  finish the step, save, raise Stopped
+
+Step k uses batch k of every stream, so "continue" means "start at the restored step".
+
+The state of a stage is initialised, in this order of precedence:
+  1. from the stage's own newest checkpoint, when there is one: an interrupted run continues;
+  2. otherwise from `make_state()`, which the stage builds: fresh parameters, of which some may
+     have been replaced by those of an earlier stage (`initialise.py` reports what was matched).
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from bigssl_jax.config import UserError
+from bigssl_jax.parallel import batch_sharding, use_mesh
+from bigssl_jax.training.checkpoint import Checkpointer
+from bigssl_jax.training.metrics import MetricLog, Progress
+from bigssl_jax.training.schedules import Schedule
+from bigssl_jax.training.signals import Stopped, StopRequest
+from bigssl_jax.training.state import TrainState
+
+HOST_KEYS = ('utterances', 'sources')  # for the host's book-keeping; not sent to the devices
+
+
+class TrainingFailed(UserError):
+    """Training cannot go on: too many non-finite steps, or a collapsed objective."""
+
+
+class BatchSource(Protocol):
+    """What the loop needs of a stream: batches from step `start` on, in order."""
+
+    def batches(self, start: int) -> contextlib.AbstractContextManager[Iterator[dict]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """When the loop stops, logs, evaluates and saves (all in steps, except `save_minutes`)."""
+
+    steps: int
+    log_every: int = 50
+    eval_every: int = 0
+    save_every: int = 500
+    save_minutes: float = 10.0
+    max_skipped: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the loop works with.
+
+    Attributes:
+      name: the stage, for the progress line.
+      directory: the stage's directory.
+      mesh: devices.
+      train_step: the jitted step of `make_train_step`, state donated.
+      streams: term name -> stream.
+      schedules: group name -> schedule.
+      key: the stage's random key.
+      summarise: accumulated totals of all terms -> readable metrics.
+      health: metrics -> advice when an objective has collapsed, else None.
+      evaluate: state -> metrics on the dev set, or None.
+      later_audio_seconds: audio that later stages will train on, for the time left.
+    """
+
+    name: str
+    directory: pathlib.Path
+    mesh: jax.sharding.Mesh
+    train_step: Callable[..., tuple[TrainState, dict[str, Any]]]
+    streams: Mapping[str, BatchSource]
+    schedules: Mapping[str, Schedule]
+    key: jax.Array
+    summarise: Callable[[Mapping[str, Any]], dict[str, float]]
+    health: Callable[[Mapping[str, float]], str | None]
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None
+    later_audio_seconds: float = 0.0
+
+
+def train(
+    run: Run,
+    settings: LoopSettings,
+    make_state: Callable[[], TrainState],
+    abstract_state: Any,
+    checkpointer: Checkpointer,
+    stop: StopRequest,
+    tensorboard: bool = True,
+) -> TrainState:
+    """Trains from the newest checkpoint (or `make_state()`) to `settings.steps`.
+
+    Returns:
+      The final state, which is also on disk as checkpoint `settings.steps`.
+
+    Raises:
+      Stopped: a signal asked for a stop; the state has been saved.
+      TrainingFailed: too many skipped steps, or an objective's health alarm.
+    """
+    start = checkpointer.latest_step()
+    if start is None:
+        start, state = 0, make_state()
+    else:
+        state = checkpointer.restore(start, abstract_state)
+    if start >= settings.steps:
+        return state
+    log = MetricLog(run.directory, start, tensorboard)
+    window = Window(run, settings, start)
+    saved_at = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        stack.callback(log.close)
+        stack.enter_context(use_mesh(run.mesh))
+        sources = {n: stack.enter_context(s.batches(start)) for n, s in run.streams.items()}
+        for step in range(start, settings.steps):
+            waited = time.monotonic()
+            batches = {name: next(source) for name, source in sources.items()}
+            window.wait_seconds += time.monotonic() - waited
+            rates = {n: np.float32(schedule(step)) for n, schedule in run.schedules.items()}
+            state, report = run.train_step(state, to_devices(batches, run.mesh), rates, run.key)
+            window.add(report, batches)
+            done = step + 1
+            last = done == settings.steps
+            metrics: dict[str, float] = {}
+            if done % settings.log_every == 0 or last:
+                metrics = window.close(done, state, rates)
+            if settings.eval_every and (done % settings.eval_every == 0 or last) and run.evaluate:
+                metrics |= run.evaluate(state)
+            if metrics:
+                log.write(done, metrics)
+            due = time.monotonic() - saved_at > 60 * settings.save_minutes
+            if done % settings.save_every == 0 or last or due or stop.requested:
+                checkpointer.save(done, state)
+                saved_at = time.monotonic()
+            if stop.requested and not last:
+                checkpointer.wait()
+                raise Stopped(f'{run.name} stopped after step {done}; the same command continues')
+    checkpointer.wait()
+    return state
+
+
+def to_devices(batches: Mapping[str, dict], mesh: jax.sharding.Mesh) -> dict[str, dict]:
+    """Puts this host's rows of every batch on its devices, as global arrays."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: {
+            key: jax.make_array_from_process_local_data(sharding, value)
+            for key, value in batch.items()
+            if key not in HOST_KEYS
+        }
+        for name, batch in batches.items()
+    }
+
+
+class Window:
+    """Totals since the last log line, summed on the devices so that no step waits for the host."""
+
+    def __init__(self, run: Run, settings: LoopSettings, start: int):
+        self._run, self._settings = run, settings
+        self._progress = Progress(run.name, settings.steps, start, run.later_audio_seconds)
+        self._add = jax.jit(lambda a, b: jax.tree.map(lambda x, y: x + y, a, b))
+        self._reset(start)
+
+    def _reset(self, step: int) -> None:
+        self._first, self._totals, self._norms = step, None, None
+        self._audio = self._padded = 0.0
+        self._started, self.wait_seconds = time.monotonic(), 0.0
+
+    def add(self, report: Mapping[str, Any], batches: Mapping[str, dict]) -> None:
+        """Adds one step's report; `batches` are this host's, for the seconds of audio."""
+        kept = {'totals': report['totals'], 'norm': report['grad_norm']}
+        self._totals = kept if self._totals is None else self._add(self._totals, kept)
+        for batch in batches.values():
+            self._audio += float(batch['sample_counts'].sum()) / 16000
+            self._padded += batch['audio'].size / 16000
+
+    def close(self, step: int, state: TrainState, rates: Mapping[str, Any]) -> dict[str, float]:
+        """Metrics of the window that ends with `step`; shows the progress line."""
+        assert self._totals is not None
+        totals = jax.device_get(self._totals)
+        seconds = time.monotonic() - self._started
+        steps = step - self._first
+        metrics = self._run.summarise(totals['totals'])
+        metrics |= {f'rate/{name}': float(rate) for name, rate in rates.items()}
+        metrics |= {
+            'grad_norm': float(totals['norm']) / steps,
+            'skipped': int(state.skipped),
+            'step_seconds': seconds / steps,
+            'input_wait_seconds': self.wait_seconds / steps,
+            'audio_seconds_per_second': self._audio / seconds,
+            'padding_fraction': 1.0 - self._audio / max(self._padded, 1e-9),
+        }
+        self._progress.show(
+            step, metrics['loss'], metrics['audio_seconds_per_second'], self._audio / steps
+        )
+        if metrics['skipped'] > self._settings.max_skipped:
+            raise TrainingFailed(
+                f'{self._run.name}: {metrics["skipped"]} steps had a loss or gradient that was not'
+                f' finite (allowed: {self._settings.max_skipped}); lower the peak learning rate'
+            )
+        advice = self._run.health(metrics)
+        if advice:
+            raise TrainingFailed(f'{self._run.name}, step {step}: {advice}')
+        self._reset(step)
+        return metrics
