@@ -1,6 +1,6 @@
 """Our train step against a PyTorch Conformer of the same size, side by side on one machine.
 
-    python benchmarks/train_step.py [--objective best_rq|ctc|both] [--parts] [--json FILE]
+    python benchmarks/train_step.py [--objective best_rq|ctc|both] [--remat block] [--parts]
 
 Ours is the step that `bigssl run` trains with: log-mel, normalisation, Conformer 'small' (8 x 144,
 4 heads, kernel 15), the loss, its gradient, clipping, AdamW.  The peer is `Wav2Vec2BertModel` of
@@ -59,7 +59,7 @@ def make_batch() -> dict[str, np.ndarray]:
 # ours
 
 
-def make_ours(objective: str, parts: bool) -> tuple[Callable[[], None], dict[str, Any]]:
+def make_ours(objective: str, remat: str, parts: bool) -> tuple[Callable[[], None], dict[str, Any]]:
     """A function that takes one step and waits for it, and facts about what it trains."""
     from bigssl_jax.parallel.startup import configure_platform
 
@@ -71,12 +71,13 @@ def make_ours(objective: str, parts: bool) -> tuple[Callable[[], None], dict[str
     from bigssl_jax.stages.training_stage import make_trainer
 
     fields: dict[str, Any] = {'objective': objective, 'stream': 'noise'}
+    encoder = {'preset': 'small', 'dropout': DROPOUT} | ({'remat': remat} if remat else {})
     config = schema.resolve(
         {
             'corpora': {'noise': {}},
             'selections': {'noise': {'corpus': 'noise'}},
             'statistics': {'selection': 'noise'},
-            'encoder': {'preset': 'small', 'dropout': DROPOUT},
+            'encoder': encoder,
             'stages': {
                 'step': {
                     'kind': 'pretrain' if objective == 'best_rq' else 'finetune',
@@ -103,10 +104,11 @@ def make_ours(objective: str, parts: bool) -> tuple[Callable[[], None], dict[str
         jax.block_until_ready((holder[0], report))
 
     size = sum(leaf.size for leaf in jax.tree.leaves(holder[0].params))
-    facts = {
+    facts: dict[str, Any] = {
         'library': f'jax {jax.__version__}',
         'parameters': int(size),
         'threads': jax.device_count(),
+        'remat': trainer.encoder.remat,
     }
     if parts:
         facts['parts'] = measure_parts(trainer, objective, holder[0], batch, mesh)
@@ -298,29 +300,29 @@ def peer_ctc(torch: Any) -> Callable[..., Any]:
 # the two processes and their parent
 
 
-def work(side: str, objective: str, parts: bool) -> None:
+def work(options: argparse.Namespace) -> None:
     """A worker: says what it is, then answers each line on standard input with step times."""
-    take_step, facts = make_ours(objective, parts) if side == 'ours' else make_peer(objective)
+    if options.worker == 'ours':
+        take_step, facts = make_ours(options.objective, options.remat, options.parts)
+    else:
+        take_step, facts = make_peer(options.objective)
     for _ in range(3):
         take_step()
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
-        times = []
+        turn: dict[str, list[float]] = {'wall': [], 'cpu': []}
         for _ in range(STEPS_A_TURN):
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             take_step()
-            times.append(1000 * (time.perf_counter() - start))
-        print(json.dumps(times), flush=True)
+            turn['wall'].append(1000 * (time.perf_counter() - wall))
+            turn['cpu'].append(1000 * (time.process_time() - cpu))
+        print(json.dumps(turn), flush=True)
 
 
-def start_worker(python: str, side: str, objective: str, parts: bool) -> Any:
+def start_worker(python: str, side: str, objective: str, options: argparse.Namespace) -> Any:
     command = [python, __file__, '--worker', side, '--objective', objective]
-    return subprocess.Popen(
-        command + (['--parts'] if parts else []),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command += ['--remat', options.remat] + (['--parts'] if options.parts else [])
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def ask(worker: Any, word: str | None) -> Any:
@@ -334,30 +336,36 @@ def ask(worker: Any, word: str | None) -> Any:
     return json.loads(line)
 
 
-def compare(objective: str, pythons: dict[str, str], turns: int, parts: bool) -> dict[str, Any]:
+def compare(objective: str, pythons: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
     """Runs both sides in turns and prints a table.
 
     Returns:
-      {'objective', 'ratio', 'ours': {...}, 'peer': {...}}; `ratio` is the peer's median step time
-      over ours: above 1, ours is faster.
+      {'objective', 'ratio_wall', 'ratio_cpu', 'ours': {...}, 'peer': {...}}; a ratio is the peer's
+      median step time over ours: above 1, ours is faster.  CPU time sums over threads; it is the
+      steadier of the two on a machine that others use as well.
     """
-    workers, result = {}, {'objective': objective}
+    workers: dict[str, Any] = {}
+    result: dict[str, Any] = {'objective': objective}
     try:
         for side, python in pythons.items():
-            workers[side] = start_worker(python, side, objective, parts and side == 'ours')
-            result[side] = {**ask(workers[side], None), 'milliseconds': []}
-        for _ in range(turns):
+            workers[side] = start_worker(python, side, objective, options)
+            result[side] = {**ask(workers[side], None), 'wall': [], 'cpu': []}
+        for _ in range(options.turns):
             for side, worker in workers.items():
-                result[side]['milliseconds'] += ask(worker, 'go')
+                turn = ask(worker, 'go')
+                result[side]['wall'] += turn['wall']
+                result[side]['cpu'] += turn['cpu']
     finally:
         for worker in workers.values():
             worker.stdin.close()
             worker.wait()
     for side in workers:
-        times = result[side]['milliseconds']
-        result[side]['median'] = statistics.median(times)
-        result[side]['fastest'] = min(times)
-    result['ratio'] = result['peer']['median'] / result['ours']['median']
+        for clock in ('wall', 'cpu'):
+            result[side][f'median_{clock}'] = statistics.median(result[side][clock])
+        result[side]['fastest'] = min(result[side]['wall'])
+    for clock in ('wall', 'cpu'):
+        medians = [result[side][f'median_{clock}'] for side in ('peer', 'ours')]
+        result[f'ratio_{clock}'] = medians[0] / medians[1]
     show(result)
     return result
 
@@ -365,17 +373,21 @@ def compare(objective: str, pythons: dict[str, str], turns: int, parts: bool) ->
 def show(result: dict[str, Any]) -> None:
     """The table of one comparison."""
     print(f'\n{result["objective"]}, one train step of {ROWS} x {SECONDS} s')
-    header = ('', 'library', 'parameters', 'threads', 'median ms', 'fastest', 'audio s/s')
-    print('{:6}{:>16}{:>12}{:>9}{:>11}{:>9}{:>11}'.format(*header))
+    header = ('', 'library', 'parameters', 'threads', 'median ms', 'fastest', 'CPU ms', 'audio s/s')
+    print('{:5}{:>18}{:>11}{:>8}{:>10}{:>8}{:>8}{:>10}'.format(*header))
     for side in ('ours', 'peer'):
         facts = result[side]
-        speed = ROWS * SECONDS / facts['median'] * 1000
+        speed = ROWS * SECONDS / facts['median_wall'] * 1000
         print(
-            f'{side:6}{facts["library"]:>16}{facts["parameters"]:>12,}{facts["threads"]:>9}'
-            f'{facts["median"]:>11.0f}{facts["fastest"]:>9.0f}{speed:>11.0f}'
+            f'{side:5}{facts["library"]:>18}{facts["parameters"]:>11,}{facts["threads"]:>8}'
+            f'{facts["median_wall"]:>10.0f}{facts["fastest"]:>8.0f}{facts["median_cpu"]:>8.0f}'
+            f'{speed:>10.0f}'
         )
-    verdict = 'faster' if result['ratio'] >= 1 else 'slower'
-    print(f'ratio (peer / ours) {result["ratio"]:.2f}: ours is {verdict}')
+    verdict = 'faster' if result['ratio_wall'] >= 1 else 'slower'
+    print(
+        f'ratio (peer / ours): wall {result["ratio_wall"]:.2f}, CPU {result["ratio_cpu"]:.2f};'
+        f' ours is {verdict}'
+    )
     for name, milliseconds in result['ours'].get('parts', {}).items():
         print(f'  {name:18}{milliseconds:>8.0f} ms')
 
@@ -396,6 +408,9 @@ def main() -> None:
     """Parses the command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--objective', choices=('best_rq', 'ctc', 'both'), default='both')
+    parser.add_argument(
+        '--remat', default='', help="our encoder's remat setting (default: the preset's)"
+    )
     parser.add_argument('--turns', type=int, default=8, help=f'of {STEPS_A_TURN} steps a side')
     parser.add_argument('--parts', action='store_true', help='also time the parts of our step')
     parser.add_argument(
@@ -407,11 +422,11 @@ def main() -> None:
     parser.add_argument('--worker', choices=('ours', 'peer'), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.worker, options.objective, options.parts)
+        work(options)
         return
     objectives = ('best_rq', 'ctc') if options.objective == 'both' else (options.objective,)
     pythons = {'ours': sys.executable, 'peer': peer_python(options.peer_python)}
-    results = [compare(name, pythons, options.turns, options.parts) for name in objectives]
+    results = [compare(name, pythons, options) for name in objectives]
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(results, indent=1) + '\n')
 

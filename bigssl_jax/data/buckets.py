@@ -59,7 +59,7 @@ def length_histogram(blocks: np.ndarray | Iterable[np.ndarray], longest: int | N
         raise DataError('no utterances to make buckets from: loosen the selection')
     step = bin_step(longest)
     bins = max(1, -(-longest // step))
-    counts = np.zeros(bins, np.int64)
+    counts: np.ndarray = np.zeros(bins, np.int64)
     for block in blocks:
         last = -(-np.asarray(block, np.int64) // step) - 1
         counts += np.bincount(np.maximum(last, 0), minlength=bins)
@@ -112,7 +112,7 @@ def bucket_of(sample_counts: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     return np.searchsorted(bounds, sample_counts, side='left').astype(np.int8)
 
 
-def batch_sizes(bounds: Sequence[int], batch_seconds: float, multiple_of: int = 1,
+def batch_sizes(bounds: Sequence[int] | np.ndarray, batch_seconds: float, multiple_of: int = 1,
                 max_batch: int | None = None) -> list[int]:
     """Utterances per batch for each bucket, so that every batch holds about `batch_seconds`.
 

@@ -19,7 +19,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,6 +147,9 @@ class LabelWriter:
             os.fsync(file.fileno())
         os.replace(temporary, os.path.join(self.directory, 'labels.json'))
         _sync_directory(self.directory)
+        for name in os.listdir(self.directory):  # left by killed runs; every part is done now
+            if name.startswith('part-') and name.endswith('.tmp'):
+                os.remove(os.path.join(self.directory, name))
         return LabelSet.open(self.directory)
 
 
@@ -258,7 +261,8 @@ def filter_labels(label_set: LabelSet, steps: Any) -> FilterResult:
     if not steps:
         raise ConfigError("a filter needs at least one step; use {'kind': 'keep_all'}")
     seconds = label_set.table(['seconds'])['seconds'].to_numpy().astype(np.float64)
-    keep, report = np.ones(label_set.num_rows, bool), []
+    keep: np.ndarray = np.ones(label_set.num_rows, bool)
+    report: list[dict[str, Any]] = []
     for number, step in enumerate(steps):
         step = dict(step)
         kind = config_lib.choose(f'filter[{number}].kind', step.pop('kind', None), FILTERS)
@@ -331,7 +335,7 @@ def has_repeats(text: str, words: int, times: int) -> bool:
     return False
 
 
-_STEPS = {
+_STEPS: dict[str, Callable] = {
     'confidence': _keep_confident,
     'words_per_second': functools.partial(_keep_rate, words=True),
     'characters_per_second': functools.partial(_keep_rate, words=False),

@@ -50,7 +50,7 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 
 def derive_key(*words: int | np.ndarray) -> np.ndarray:
     """One uint64 key (or an array of keys) from integers: key = mix(mix(...) ^ word), in order."""
-    key = np.zeros(1, np.uint64)
+    key: np.ndarray = np.zeros(1, np.uint64)
     for word in words:
         word = np.asarray(word)
         if word.dtype != np.uint64:
@@ -115,19 +115,19 @@ def exact_quotas(rates: Sequence[float], segment_size: int) -> np.ndarray:
     Raises:
       DataError: a rate is not positive, or so small that its source would never be drawn.
     """
-    rates = np.asarray(rates, np.float64)
-    if rates.size == 0 or not np.all(np.isfinite(rates)) or np.any(rates <= 0):
-        raise DataError(f'weights must be positive numbers, got {rates.tolist()}')
-    shares = rates / rates.sum() * segment_size
+    wanted = np.asarray(rates, np.float64)
+    if wanted.size == 0 or not np.all(np.isfinite(wanted)) or np.any(wanted <= 0):
+        raise DataError(f'weights must be positive numbers, got {wanted.tolist()}')
+    shares = wanted / wanted.sum() * segment_size
     quotas = np.floor(shares).astype(np.int64)
     missing = segment_size - int(quotas.sum())
     by_remainder = np.argsort(-(shares - quotas), kind='stable')
     quotas[by_remainder[:missing]] += 1
     if np.any(quotas == 0):
-        worst = int(np.argmin(rates))
+        worst = int(np.argmin(wanted))
         raise DataError(
-            f'source {worst} has a share of {rates[worst] / rates.sum():.2e}, below one position in'
-            f' a segment of {segment_size}: raise its weight, or join it with another source')
+            f'source {worst} has a share of {wanted[worst] / wanted.sum():.2e}, below one position'
+            f' in a segment of {segment_size}: raise its weight, or join it with another source')
     return quotas
 
 
@@ -184,15 +184,14 @@ class Order:
     def segment(self, number: int) -> Segment:
         """All positions of one segment. Cost is O(S), independent of how large the sources are."""
         source = self.interleave(number)
-        row = np.empty(self.segment_size, np.int64)
-        epoch = np.empty(self.segment_size, np.int64)
+        row: np.ndarray = np.empty(self.segment_size, np.int64)
+        epoch: np.ndarray = np.empty(self.segment_size, np.int64)
         # Draws of one source keep their own order in the stream: an epoch ends before the next.
         positions = np.argsort(source, kind='stable')
         start = 0
         for index, quota in enumerate(self.quotas):
             place = positions[start:start + quota]
-            draws = number * quota + np.arange(quota)
-            row[place], epoch[place] = self.source_rows(index, draws)
+            row[place], epoch[place] = self.source_rows(index, number * quota + np.arange(quota))
             start += quota
         return Segment(source, row, epoch)
 

@@ -18,7 +18,7 @@ last ones of earlier segments. Those counts (a few integers) are the whole state
 import collections
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -28,6 +28,14 @@ from bigssl_jax.data.order import Order
 _BLOCK = 1 << 16
 _KEPT_SEGMENTS = 4
 _KEPT_ANCHORS = 4096
+
+
+class Lengths(Protocol):
+    """Sample counts by row: an array, or something that reads them from an index on demand."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 class Members(NamedTuple):
@@ -56,21 +64,21 @@ class StreamPlan:
 
     Args:
       order: which row stands where.
-      lengths: for each source, sample counts by row; anything indexable by an int array.
+      lengths: for each source, sample counts by row.
       bounds: bucket bounds in samples [K].
       batch_sizes: utterances per (global) batch of each bucket [K].
     """
 
     num_batches: int | None = None
 
-    def __init__(self, order: Order, lengths: Sequence[np.ndarray], bounds: np.ndarray,
+    def __init__(self, order: Order, lengths: Sequence[Lengths], bounds: np.ndarray,
                  batch_sizes: Sequence[int]):
         self.order, self.bounds = order, np.asarray(bounds, np.int64)
         self.sizes = np.asarray(batch_sizes, np.int64)
         self._lengths = list(lengths)
         self._segments: collections.OrderedDict[int, _Segment] = collections.OrderedDict()
         self._emissions: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
-        self._anchors = {0: np.zeros(len(self.sizes), np.int64)}
+        self._anchors: dict[int, np.ndarray] = {0: np.zeros(len(self.sizes), np.int64)}
         self._epoch_counts = [self._count_rows(s, np.arange(0)) for s in range(len(lengths))]
         for source, size in enumerate(order.sizes):
             for start in range(0, size, _BLOCK):
@@ -86,11 +94,10 @@ class StreamPlan:
             size = int(self.sizes[bucket])
             begin = segment.start[bucket]
             place = segment.place[begin + max(first, 0):begin + first + size]
-            parts = [(segment.source[place], segment.row[place], segment.epoch[place])]
-            if first < 0:
-                parts = self._before(number, bucket, -first) + parts
+            parts = self._before(number, bucket, -first)
+            parts.append((segment.source[place], segment.row[place], segment.epoch[place]))
             end = number * self.order.segment_size + int(place[-1]) + 1
-        source, row, epoch = (np.concatenate(p) for p in zip(*parts, strict=True))
+        source, row, epoch = map(np.concatenate, zip(*parts, strict=True))
         return Members(bucket, source, row, epoch, end)
 
     def bucket(self, k: int) -> int:
@@ -136,7 +143,7 @@ class StreamPlan:
         before, segment = self._counts_before(number), self._segment(number)
         carry = before % self.sizes
         emitted = (carry + np.diff(segment.start)) // self.sizes
-        bucket = np.repeat(np.arange(self.sizes.size), emitted)
+        bucket: np.ndarray = np.repeat(np.arange(self.sizes.size), emitted)
         index = np.arange(bucket.size) - np.repeat(np.cumsum(emitted) - emitted, emitted)
         first = index * self.sizes[bucket] - carry[bucket]
         filled_at = segment.place[segment.start[bucket] + first + self.sizes[bucket] - 1]
@@ -181,7 +188,7 @@ class StreamPlan:
     def _counts_of_draws(self, source: int, draws: int) -> np.ndarray:
         """Members of each bucket among the first draws of a source: whole epochs and a rest."""
         epochs, rest = divmod(draws, self.order.sizes[source])
-        counts = epochs * self._epoch_counts[source]
+        counts: np.ndarray = epochs * self._epoch_counts[source]
         for start in range(draws - rest, draws, _BLOCK):
             block = np.arange(start, min(start + _BLOCK, draws))
             counts = counts + self._count_rows(source, self.order.source_rows(source, block)[0])
@@ -196,7 +203,7 @@ class StreamPlan:
             self._segments.move_to_end(number)
             return self._segments[number]
         source, row, epoch = self.order.segment(number)
-        bucket = np.empty(source.size, np.int8)
+        bucket: np.ndarray = np.empty(source.size, np.int8)
         for index, lengths in enumerate(self._lengths):
             mine = slice(None) if len(self._lengths) == 1 else np.flatnonzero(source == index)
             bucket[mine] = bucket_of(lengths[row[mine]], self.bounds)
@@ -228,9 +235,10 @@ class PassPlan:
     The last batch of each bucket is completed by rows of source -1.
     """
 
-    def __init__(self, lengths: Sequence[np.ndarray], bounds: np.ndarray,
+    def __init__(self, lengths: Sequence[Lengths], bounds: np.ndarray,
                  batch_sizes: Sequence[int], ranges: Sequence[range]):
-        source = np.repeat(np.arange(len(ranges), dtype=np.int32), [len(r) for r in ranges])
+        source: np.ndarray = np.repeat(np.arange(len(ranges), dtype=np.int32),
+                                       [len(r) for r in ranges])
         row = np.concatenate([np.arange(r.start, r.stop, dtype=np.int64) for r in ranges])
         samples = np.concatenate([np.asarray(n[np.arange(r.start, r.stop)], np.int64)
                                   for n, r in zip(lengths, ranges, strict=True)])
@@ -250,7 +258,8 @@ class PassPlan:
         """The utterances of batch k; IndexError past the end."""
         bucket, first, last = self._batches[self._checked(k)]
         size = int(self.sizes[bucket])
-        source, row = np.full(size, -1, np.int32), np.full(size, -1, np.int64)
+        source: np.ndarray = np.full(size, -1, np.int32)
+        row: np.ndarray = np.full(size, -1, np.int64)
         source[:last - first], row[:last - first] = self._source[first:last], self._row[first:last]
         return Members(bucket, source, row, np.zeros(size, np.int64), 0)
 

@@ -175,7 +175,7 @@ def _complete_corpus(out: str, inputs: str, options: Options) -> dict[str, Any] 
 
 def _build_all(shards, out, jobs, total, allowed_fraction, show) -> None:
     """Builds every shard in `jobs` processes; stops as soon as too many entries are unusable."""
-    for name in ('shards', 'parts', 'index'):
+    for name in ('', 'shards', 'parts', 'index'):
         os.makedirs(os.path.join(out, name), exist_ok=True)
         remove_temporaries(os.path.join(out, name))
     bad: list[dict[str, str]] = []

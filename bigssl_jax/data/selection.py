@@ -113,7 +113,7 @@ def _rows(corpus: Corpus, spec: dict[str, Any]) -> np.ndarray:
 def _length_mask(sample_counts: np.ndarray, rate: int, spec: dict[str, Any]) -> np.ndarray:
     low = spec['min_seconds'] * rate
     high = np.inf if spec['max_seconds'] is None else spec['max_seconds'] * rate
-    keep = np.ones(len(sample_counts), bool)
+    keep: np.ndarray = np.ones(len(sample_counts), bool)
     for start in range(0, len(sample_counts), _BLOCK):  # the index is memory-mapped
         block = np.asarray(sample_counts[start:start + _BLOCK])
         keep[start:start + _BLOCK] = (block >= low) & (block <= high)

@@ -161,6 +161,7 @@ def open_source(name: str, spec: Mapping[str, Any], stream: Mapping[str, Any],
     whole = rows.size == corpus.num_rows
     identity['rows'] = 'all' if whole else hashlib.sha256(rows.tobytes()).hexdigest()
     if values is not None:
+        assert offsets is not None
         identity['tokens'] = hashlib.sha256(values.tobytes() + offsets.tobytes()).hexdigest()
     return Source(name, corpus, None if whole else rows, spec['weight'], values, offsets,
                   dict(excluded), unknown, identity)
@@ -199,15 +200,16 @@ class _Labels:
              steps: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(rows that are kept, token ids, offsets [N + 1]); in blocks, so memory stays small."""
         small = self._tokenizer.vocabulary_size <= 1 << 16
-        kept, values, counts = [], [np.zeros(0, np.uint16 if small else np.int32)], []
+        kept: list[np.ndarray] = [rows[:0]]
+        counts: list[np.ndarray] = [np.zeros(0, np.int64)]
+        values: list[np.ndarray] = [np.zeros(0, np.uint16 if small else np.int32)]
         for block, texts in self._texts(corpus, rows, label_set, steps):
             block, tokens, number = self._usable(corpus, block, texts)
             kept.append(block)
             values.append(tokens.astype(values[0].dtype))
             counts.append(number)
-        number = np.concatenate(counts) if counts else np.zeros(0, np.int64)
-        offsets = np.concatenate([[0], np.cumsum(number)]).astype(np.int64)
-        return (np.concatenate(kept) if kept else rows[:0]), np.concatenate(values), offsets
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
+        return np.concatenate(kept), np.concatenate(values), offsets
 
     def _texts(self, corpus: Corpus, rows: np.ndarray, label_set: 'label_sets.LabelSet | None',
                steps: Any) -> Iterator[tuple[np.ndarray, list[str | None]]]:
@@ -241,13 +243,13 @@ class _Labels:
         spoken = np.array([is_spoken(line, self._normaliser) for line in lines], bool)
         tokens, offsets = encode_ragged(self._tokenizer, lines)
         number = np.diff(offsets)
-        owner = np.repeat(np.arange(len(lines)), number)
-        repeats = np.zeros(len(lines), np.int64)
+        owner: np.ndarray = np.repeat(np.arange(len(lines)), number)
+        repeats: np.ndarray = np.zeros(len(lines), np.int64)
         same = (tokens[1:] == tokens[:-1]) & (owner[1:] == owner[:-1])
         np.add.at(repeats, owner[1:][same], 1)
         few = number <= self._max_labels
         possible = number + repeats <= encoder_frames(corpus.sample_counts[rows])
-        usable = np.ones(len(lines), bool)
+        usable: np.ndarray = np.ones(len(lines), bool)
         for reason, good in (('unlabelled', given), ('empty_text', filled), ('digits', spoken),
                              ('too_many_labels', few), ('ctc_impossible', possible)):
             self._count(reason, usable & ~good)

@@ -82,7 +82,7 @@ def stream(config: Any, seed: int, host: int = 0, num_hosts: int = 1,
     sources = _open_sources(config)
     rates = [s.weight * (len(s) if config['rates'] == 'proportional' else 1) for s in sources]
     order = Order.create([len(s) for s in sources], rates, seed, config['segment_size'])
-    shapes = _shapes(config, sources, np.asarray(order.quotas, np.float64), num_hosts)
+    shapes = _shapes(config, sources, np.asarray(order.quotas, np.float64))
     plan = StreamPlan(order, [s.lengths for s in sources], shapes.bounds, shapes.sizes)
     opened = Stream(sources, shapes, plan, host, num_hosts, ('stream', seed, order.quotas))
     if cursor is not None:
@@ -105,7 +105,7 @@ def one_pass(config: Any, host: int = 0, num_hosts: int = 1,
     """
     config = resolve(config)
     sources = _open_sources(config)
-    shapes = _shapes(config, sources, np.array([len(s) for s in sources], float), num_hosts)
+    shapes = _shapes(config, sources, np.array([len(s) for s in sources], float))
     ranges = [_part_range(len(s), part) for s in sources]
     plan = PassPlan([s.lengths for s in sources], shapes.bounds, shapes.sizes, ranges)
     return Stream(sources, shapes, plan, host, num_hosts, ('pass', part))
@@ -172,8 +172,7 @@ class _Shapes:
                 for b, s, u in zip(self.sizes, self.bounds, widths, strict=True)]
 
 
-def _shapes(config: Mapping[str, Any], sources: list[Source], rates: np.ndarray,
-            num_hosts: int) -> _Shapes:
+def _shapes(config: Mapping[str, Any], sources: list[Source], rates: np.ndarray) -> _Shapes:
     longest = max(int(block.max()) for s in sources for block in s.lengths.blocks())
     step = buckets_lib.bin_step(longest)
     total = np.zeros(-(-longest // step))
@@ -182,7 +181,7 @@ def _shapes(config: Mapping[str, Any], sources: list[Source], rates: np.ndarray,
         weight = float(rate) / len(source)
         total += buckets_lib.length_histogram(source.lengths.blocks(), longest, weight)[1]
         samples += weight * source.samples
-    edges = np.arange(1, total.size + 1, dtype=np.int64) * step
+    edges: np.ndarray = np.arange(1, total.size + 1, dtype=np.int64) * step
     if config['bucket_seconds'] is None:
         bounds = buckets_lib.optimal_bounds(edges, total, config['num_buckets'])
     else:
@@ -191,8 +190,8 @@ def _shapes(config: Mapping[str, Any], sources: list[Source], rates: np.ndarray,
             raise ConfigError(
                 f'stream.bucket_seconds ends at {bounds[-1] / 16000:g} s, the longest utterance has'
                 f' {longest / 16000:.2f} s: add a bound or set max_seconds')
-    multiple = int(np.lcm(config['multiple_of'], num_hosts))
-    sizes = buckets_lib.batch_sizes(bounds, config['batch_seconds'], multiple, config['max_batch'])
+    sizes = buckets_lib.batch_sizes(bounds, config['batch_seconds'], config['multiple_of'],
+                                    config['max_batch'])
     used = buckets_lib.bucket_of(edges, bounds)  # bins may straddle explicit bounds: approximate
     padded = float((bounds[np.minimum(used, bounds.size - 1)] * total).sum())
     widths = _label_widths(sources, bounds) if sources[0].label_values is not None else None
@@ -200,7 +199,7 @@ def _shapes(config: Mapping[str, Any], sources: list[Source], rates: np.ndarray,
 
 
 def _label_widths(sources: list[Source], bounds: np.ndarray) -> list[int]:
-    widths = np.ones(bounds.size, np.int64)
+    widths: np.ndarray = np.ones(bounds.size, np.int64)
     for source in sources:
         first = 0
         for block in source.lengths.blocks():
@@ -236,6 +235,10 @@ class Stream:
                  host: int, num_hosts: int, kind: tuple):
         if not 0 <= host < num_hosts:
             raise ConfigError(f'host {host} of {num_hosts} hosts')
+        # The batch sizes must not follow the number of hosts: another number continues this run.
+        if any(size % num_hosts for size in shapes.sizes):
+            raise ConfigError(f'stream.multiple_of must be a multiple of the {num_hosts} hosts:'
+                              f' batch sizes are {shapes.sizes}')
         self.sources, self.plan = sources, plan
         self.host, self.num_hosts = host, num_hosts
         self.shapes = shapes.shapes()
@@ -262,7 +265,8 @@ class Stream:
         """This host's rows of batch k, read by numpy alone; DataError if a shard is damaged."""
         members = self._mine(k)
         batch = self._frame(k, members)
-        audio = np.zeros((members.source.size, self.shapes[members.bucket][1]), np.int16)
+        shape = members.source.size, self.shapes[members.bucket][1]
+        audio: np.ndarray = np.zeros(shape, np.int16)
         for place in np.flatnonzero(members.source >= 0):
             source = self.sources[members.source[place]]
             samples = source.corpus.read(int(source.corpus_rows(members.row[place])))
@@ -320,7 +324,7 @@ class Stream:
         batch = self._frame(k, members)
         samples = self.shapes[members.bucket][1]
         real = np.flatnonzero(members.source >= 0)  # fillers, if any, come last
-        audio = np.zeros((0, samples), np.int16)
+        audio: np.ndarray = np.zeros((0, samples), np.int16)
         if real.size:
             paths, offsets = self._records(members, real)
             try:
@@ -345,7 +349,7 @@ class Stream:
         """Everything of a batch but its audio."""
         size, (total, _, width) = members.source.size, self.shapes[members.bucket]
         first = self.host * total // self.num_hosts
-        batch = {
+        batch: Batch = {
             'sample_counts': np.zeros(size, np.int32),
             'rows': np.arange(first, first + size, dtype=np.int32),
             'sources': members.source.astype(np.int32),
@@ -366,7 +370,8 @@ class Stream:
         return batch
 
     def _records(self, members: Members, real: np.ndarray) -> tuple[list[str], np.ndarray]:
-        paths, offsets = [''] * real.size, np.zeros(real.size, np.int64)
+        paths = [''] * real.size
+        offsets: np.ndarray = np.zeros(real.size, np.int64)
         for number, source in enumerate(self.sources):
             places = np.flatnonzero(members.source[real] == number)
             rows = source.corpus_rows(members.row[real[places]])

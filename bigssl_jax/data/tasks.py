@@ -75,7 +75,7 @@ class PlanSource(seqio.DataSource):
         }
         if source.label_values is not None:
             counts = source.label_counts(rows)
-            values = np.concatenate([source.labels(row) for row in rows]).astype(np.int32)
+            values = np.concatenate([source.labels(int(row)) for row in rows]).astype(np.int32)
             elements['labels'] = tf.RaggedTensor.from_row_lengths(values, counts)
 
         def decode(element, record):

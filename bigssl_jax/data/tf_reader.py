@@ -17,7 +17,9 @@ from bigssl_jax.data.errors import DataError
 @functools.lru_cache(maxsize=1)
 def tensorflow():
     """The tensorflow module, kept off the accelerators, which belong to JAX."""
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    # Its start-up remarks on CUDA and oneDNN are of no use to a reader of files.
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
     import tensorflow as tf
 
     for kind in ('GPU', 'TPU'):

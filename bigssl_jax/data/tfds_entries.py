@@ -24,6 +24,7 @@ FEATURES = {
     'audio': ('audio', 'speech'),
     'id': ('id', 'utterance_id', 'audio_id'),
     'text': ('text', 'transcription', 'transcript', 'sentence', 'raw_transcription'),
+    'has_text': ('has_text',),  # False: `text` is '' because it is not known
     'speaker': ('speaker', 'speaker_id', 'client_id'),
     'language': ('language', 'locale', 'lang_id'),
     'domain': ('domain',),
@@ -121,9 +122,10 @@ class TfdsEntries:
             if not rate:
                 raise DataError(f'{self.source}: samples without a sample rate cannot be used')
             audio, values['sample_rate'] = _int16(np.asarray(audio)), int(rate)
-        elif values.get('sample_rate') is not None:
-            # Ours: 0 believes the file's header.
-            values['sample_rate'] = int(values['sample_rate']) or None
+        else:
+            values.pop('sample_rate', None)  # the file's header knows
+        if values.pop('has_text', True) is False:
+            values['text'] = None
         key = f'{values.pop("id", "") or f"{split}-{number:08d}"}'
         values['split'] = values.get('split') or split
         if values.get('encoding'):

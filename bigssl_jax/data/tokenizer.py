@@ -158,7 +158,8 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
 def encode_ragged(tokenizer: Tokenizer, texts: Sequence[str],
                   block: int = 1 << 16) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of many texts: (values int32 [total], offsets int64 [N + 1])."""
-    values, counts = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+    values: list[np.ndarray] = [np.zeros(0, np.int32)]
+    counts: list[np.ndarray] = [np.zeros(0, np.int64)]
     for start in range(0, len(texts), block):
         encoded = tokenizer.encode_batch(texts[start:start + block])
         counts.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))

@@ -3,7 +3,8 @@
     pieces      ▁th  e  ▁c  at          a piece may begin with the boundary mark "▁" (or a space)
     words       the     cat
 
-A character model has the mark as a piece of its own; it ends the word before it and belongs to none.
+A character model has the mark as a piece of its own; it ends the word before it and belongs to
+none.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,8 +1,8 @@
 """Alignment of one reference with one hypothesis, word by word, for people to read.
 
-    REF:  the  QUICK  brown  ***  FOX
-    HYP:  the  SLICK  brown   a   ***
-                 S             I    D
+REF:  the  QUICK  brown  ***  FOX
+HYP:  the  SLICK  brown   a   ***
+             S             I    D
 """
 
 import dataclasses

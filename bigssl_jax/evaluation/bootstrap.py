@@ -5,9 +5,9 @@ that were drawn independently, and summing both:
 
     rate*_r = sum_g n_rg errors_g / sum_g n_rg words_g,   n_r ~ Multinomial(G, 1/G),  r = 1..R
 
-A unit is a speaker when speakers are known, else an utterance: utterances of one speaker are hard or
-easy together, and an interval that takes them for independent is too narrow.  With few speakers the
-interval is coarse, so every result says how many units it rests on.
+A unit is a speaker when speakers are known, else an utterance: utterances of one speaker are hard
+or easy together, and an interval that takes them for independent is too narrow.  With few speakers
+the interval is coarse, so every result says how many units it rests on.
 
 Legend: N utterances, G units, K quantities, R replicates.
 Source: Bisani and Ney, "Bootstrap estimates for confidence intervals in ASR performance

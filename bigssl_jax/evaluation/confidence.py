@@ -1,9 +1,9 @@
-"""Do the teacher's confidences tell good labels from bad?  Curves of label error against confidence.
+"""Do the teacher's confidences tell good labels from bad?  Label error against confidence.
 
 Two views of the same utterances, both against true transcripts:
 
-- calibration: utterances in bins of equal confidence range; the mean confidence of a bin against the
-  share of its reference words that are right (1 - WER, at least 0).  Calibrated: they are equal.
+- calibration: utterances in bins of equal confidence range; the mean confidence of a bin against
+  the share of its reference words that are right (1 - WER, at least 0), which it should equal.
 - kept fraction: keep the most confident share of the utterances; the WER of what is kept.  A useful
   confidence makes this rise from left to right.
 
@@ -152,7 +152,7 @@ def label_quality(
     Raises:
       ValueError: lengths differ or there are no utterances.
     """
-    chosen = np.flatnonzero(np.asarray(kept, bool))
+    chosen = np.flatnonzero(np.asarray(kept, bool)).tolist()
     if len(kept) != len(references):
         raise ValueError(f'{len(references)} references but {len(kept)} kept flags')
     counts = count_errors(references, labels)

@@ -2,22 +2,41 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from bigssl_jax.evaluation.figures import MAX_SERIES, Series, line_chart
 from bigssl_jax.evaluation.workdir import Run, Stage
 
-# (last part of a metric's name, title, whether it is a fraction), in the order of the page.
+
+class Chart(NamedTuple):
+    """What to draw of a metric.
+
+    Attributes:
+      part: last part of the metric's name.
+      title: of the chart.
+      percent: whether it is a fraction.
+      from_zero: whether the axis starts at 0.
+      reference: last part of a metric drawn dashed beside it.
+    """
+
+    part: str
+    title: str
+    percent: bool = False
+    from_zero: bool = False
+    reference: str = ''
+
+
+# In the order of the page.
 CHARTS = (
-    ('loss', 'Loss', False),
-    ('masked_accuracy', 'Masked accuracy', True),
-    ('code_perplexity', 'Code perplexity', False),
-    ('codes_used', 'Codes used', True),
-    ('masked_fraction', 'Masked fraction', True),
-    ('wer', 'WER on the dev set', True),
-    ('cer', 'CER on the dev set', True),
-    ('audio_seconds_per_second', 'Audio seconds per second', False),
-    ('grad_norm', 'Gradient norm', False),
+    Chart('loss', 'Loss'),
+    Chart('masked_accuracy', 'Masked accuracy', percent=True, reference='chance'),
+    Chart('code_perplexity', 'Code perplexity', from_zero=True),
+    Chart('codes_used', 'Codes used', percent=True),
+    Chart('masked_fraction', 'Masked fraction', percent=True),
+    Chart('wer', 'WER on the dev set', percent=True),
+    Chart('cer', 'CER on the dev set', percent=True),
+    Chart('audio_seconds_per_second', 'Audio seconds per second', from_zero=True),
+    Chart('grad_norm', 'Gradient norm', from_zero=True),
 )
 
 
@@ -32,10 +51,10 @@ def training_curves(run: Run) -> list[dict[str, Any]]:
         stages = [stage for stage in run.stages if stage.kind == kind and stage.metrics]
         shown = stages[:MAX_SERIES]
         charts = [
-            chart
-            for part, title, percent in CHARTS
-            for key in _keys(shown, part)
-            if (chart := _chart(shown, key, title, percent)) is not None
+            drawn
+            for chart in CHARTS
+            for key in _keys(shown, chart.part)
+            if (drawn := _draw(shown, key, chart)) is not None
         ]
         if charts:
             groups.append({'kind': kind, 'charts': charts, 'left_out': stages[MAX_SERIES:]})
@@ -58,29 +77,47 @@ def _keys(stages: Sequence[Stage], part: str) -> list[str]:
     return [part] if same else found
 
 
-def _chart(stages: Sequence[Stage], key: str, title: str, percent: bool) -> dict[str, Any] | None:
-    """One metric over steps; None without a single number."""
+def _draw(stages: Sequence[Stage], key: str, chart: Chart) -> dict[str, Any] | None:
+    """One metric over steps, a line per stage; None without a single number."""
+    prefix, slash, _ = key.rpartition('/')
     series = []
     for colour, stage in enumerate(stages):
-        points = [
-            (line['step'], line[key])
-            for line in stage.metrics
-            if isinstance(line.get(key), int | float) and isinstance(line.get('step'), int)
-        ]
-        if points:
-            x, y = zip(*points, strict=True)
-            series.append(Series(stage.name, x, y, colour))
+        series += _series(stage, key, stage.name, colour, False)
+        if chart.reference:
+            name = f'{stage.name}, {chart.reference}'
+            series += _series(stage, f'{prefix}{slash}{chart.reference}', name, colour, True)
     if not series:
         return None
-    objective, _, _ = key.rpartition('/')
-    named = f'{title} ({objective})' if objective not in ('', 'dev') else title
+    title = f'{chart.title} ({prefix})' if prefix not in ('', 'dev') else chart.title
     legend = [
         {
             'name': one.name,
             'colour': one.colour + 1,
-            'last': f'{100 * one.y[-1]:.1f} %' if percent else f'{one.y[-1]:.4g}',
+            'dashed': one.dashed,
+            'last': _number(one.y[-1], chart.percent),
         }
         for one in series
     ]
-    svg = line_chart(series, f'{named} by training step', 'step', percent=percent)
-    return {'title': named, 'legend': legend, 'svg': svg}
+    svg = line_chart(
+        series, f'{title} by training step', 'step', chart.percent, from_zero=chart.from_zero
+    )
+    return {'title': title, 'legend': legend, 'svg': svg}
+
+
+def _number(value: float, percent: bool) -> str:
+    if percent:
+        return f'{100 * value:.1f} %'
+    return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'
+
+
+def _series(stage: Stage, key: str, name: str, colour: int, dashed: bool) -> list[Series]:
+    """The metric as a line in a list, [] when the stage has none."""
+    points = [
+        (line['step'], line[key])
+        for line in stage.metrics
+        if isinstance(line.get(key), int | float) and isinstance(line.get('step'), int)
+    ]
+    if not points:
+        return []
+    x, y = zip(*points, strict=True)
+    return [Series(name, x, y, colour, dashed)]

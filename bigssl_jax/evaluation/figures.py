@@ -1,8 +1,8 @@
 """Charts as inline SVG, drawn by matplotlib, coloured by the page.
 
-matplotlib draws with placeholder colours; afterwards each becomes a CSS variable, so that one picture
-serves light and dark pages.  Text stays text and takes the page's font.  Identifiers get a prefix
-per picture, because all pictures share the page's name space.
+matplotlib draws with placeholder colours; afterwards each becomes a CSS variable, so that one
+picture serves light and dark pages.  Text stays text and takes the page's font.  Identifiers get a
+prefix per picture, because all pictures share the page's name space.
 """
 
 import io
@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 # Categorical series the page has colours for.
 MAX_SERIES = 8
 _MAX_POINTS = 300
+_DASHES = (0, (4, 3))
 
 _INK, _LINE = '#010203', '#010204'
 _SERIES = [f'#01030{n}' for n in range(MAX_SERIES)]
 _VARIABLES = {_INK: '--muted', _LINE: '--line'} | {
     colour: f'--series-{n + 1}' for n, colour in enumerate(_SERIES)
 }
-_STYLE = {
+_STYLE: Any = {
+    'text.parse_math': False,  # names may hold dollar signs
     'svg.fonttype': 'none',
     'svg.hashsalt': 'bigssl',
     'font.family': 'sans-serif',
@@ -45,12 +47,13 @@ _STYLE = {
 
 
 class Series(NamedTuple):
-    """A named line; `colour` in 0..MAX_SERIES-1."""
+    """A named line; `colour` in 0..MAX_SERIES-1; `dashed` for a reference to compare with."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     colour: int
+    dashed: bool = False
 
 
 class Interval(NamedTuple):
@@ -71,6 +74,7 @@ def line_chart(
     percent_x: bool = False,
     diagonal: bool = False,
     markers: bool = False,
+    from_zero: bool = False,
 ) -> str:
     """Lines over a common x axis.
 
@@ -82,24 +86,28 @@ def line_chart(
       percent_x: likewise for x.
       diagonal: draws y = x for comparison.
       markers: marks the points.
+      from_zero: the y axis starts at 0; for quantities whose ratio matters.
 
     Returns:
       An `<svg>` element.
     """
-    with _figure(2.5) as (figure, axes):
+    with _figure(3.6, 2.2) as (figure, axes):
         for one in series:
             step = -(-len(one.x) // _MAX_POINTS) or 1
             # From the end, so that the newest value is drawn.
             x, y = list(one.x)[::-1][::step][::-1], list(one.y)[::-1][::step][::-1]
             lone = len(x) == 1
             axes.plot(x, y, color=_SERIES[one.colour], marker='o' if markers or lone else None,
-                      markersize=4, solid_joinstyle='round')  # fmt: skip
+                      markersize=4, solid_joinstyle='round',
+                      linestyle=_DASHES if one.dashed else '-')  # fmt: skip
         values = [v for one in series for v in one.y if v is not None and v == v]
         if diagonal:
-            axes.plot([0, 1], [0, 1], color=_INK, linewidth=1, linestyle=(0, (4, 4)))
+            axes.plot([0, 1], [0, 1], color=_INK, linewidth=1, linestyle=_DASHES)
         if percent:
             axes.set_ylim(0, 1.02 if diagonal else max([*values, 0.01]) * 1.08)
             _percent_ticks(axes.yaxis)
+        elif from_zero:
+            axes.set_ylim(0, max([*values, 0.0]) * 1.08 or 1.0)
         elif values and min(values) > 0 and max(values) > 20 * min(values):
             _log_ticks(axes)
         if percent_x:
@@ -117,7 +125,7 @@ def interval_chart(values: Sequence[Interval], title: str) -> str:
     Returns:
       An `<svg>` element.
     """
-    with _figure(0.55 + 0.34 * len(values)) as (figure, axes):
+    with _figure(4.4, 0.45 + 0.3 * len(values)) as (figure, axes):
         for row, one in enumerate(values):
             colour = _SERIES[one.colour]
             if one.low is not None and one.high is not None:
@@ -133,10 +141,10 @@ def interval_chart(values: Sequence[Interval], title: str) -> str:
 
 
 class _figure:
-    """A figure of 4.2 x `height` inches under the page's style; nothing global is changed."""
+    """A figure of `width` x `height` inches in the page's style; nothing global is changed."""
 
-    def __init__(self, height: float):
-        self._height = height
+    def __init__(self, width: float, height: float):
+        self._size = width, height
 
     def __enter__(self) -> tuple[Any, Any]:
         import matplotlib
@@ -144,7 +152,7 @@ class _figure:
 
         self._context = matplotlib.rc_context(_STYLE)
         self._context.__enter__()
-        figure = Figure(figsize=(4.2, self._height), layout='constrained')
+        figure = Figure(figsize=self._size, layout='constrained')
         return figure, figure.add_subplot()
 
     def __exit__(self, *error: Any) -> None:
@@ -152,10 +160,10 @@ class _figure:
 
 
 def _percent_ticks(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(PercentFormatter(1.0, symbol=' %'))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f'{100 * value:g} %'))
 
 
 def _integer_ticks(axis: Any) -> None:

@@ -2,9 +2,9 @@
 
     workdir  --read_run-->  Run  --sections-->  plain data and SVG  --report.html-->  one page
 
-The page makes no request: styles, script, pictures and audio are inside it, and its content security
-policy forbids the rest.  Texts of the run are escaped by the template engine; only our own SVG is
-passed through.  Stages that are not finished are shown as such, and their sections stay out.
+The page makes no request: styles, script, pictures and audio are inside it, and its content
+security policy forbids the rest.  Texts of the run are escaped by the template engine; only our own
+SVG is passed through.  Stages that are not finished are shown as such, and their sections stay out.
 """
 
 import base64
@@ -17,7 +17,7 @@ from typing import Any
 from bigssl_jax.evaluation import curves, utterances
 from bigssl_jax.evaluation.figures import MAX_SERIES, Interval, Series, interval_chart, line_chart
 from bigssl_jax.evaluation.results_table import Row, comparisons, label_qualities, result_table
-from bigssl_jax.evaluation.score import p_text, paired_text, percent, percent_interval
+from bigssl_jax.evaluation.score import p_text, percent, percent_interval
 from bigssl_jax.evaluation.workdir import Run, Stage, WorkdirError, flatten, read_run
 
 
@@ -82,8 +82,8 @@ def render(run: Run, audio: Callable[[str, str], bytes | None] | None, limits: L
     environment.filters |= {
         'percent': percent,
         'percent_interval': percent_interval,
-        'p_text': p_text,
-        'paired_text': paired_text,
+        'points': points,
+        'p_value': lambda p: p_text(p).removeprefix('p ').removeprefix('= '),
         'clock': clock,
         'number': number,
         'svg': markupsafe.Markup,
@@ -233,6 +233,11 @@ def clock(seconds: float) -> str:
     return f'{hours} h {minute:02d} min' if hours else f'{minute} min {second:02d} s'
 
 
+def points(difference: float | None) -> str:
+    """A difference of rates in percentage points, with a true minus sign."""
+    return '–' if difference is None else f'{100 * difference:+.1f}'.replace('-', '−')
+
+
 def number(value: Any) -> str:
     """A config value or result as short text."""
     if isinstance(value, bool) or value is None:
@@ -243,4 +248,4 @@ def number(value: Any) -> str:
         return f'{value:,}'
     if isinstance(value, list | tuple):
         return ', '.join(map(number, value)) or 'none'
-    return str(value) if value != {} else 'none'
+    return str(value) if value not in ('', {}) else 'none'

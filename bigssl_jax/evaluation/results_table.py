@@ -1,8 +1,8 @@
 """The result table of a run: error rates with intervals, per test set and model.
 
-    rows = result_table(workdir)
-    print_result_table(workdir)      # for people, at the end of `bigssl run`
-    markdown_table(rows)             # for README and docs/results.md
+rows = result_table(workdir)
+print_result_table(workdir)      # for people, at the end of `bigssl run`
+markdown_table(rows)             # for README and docs/results.md
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Comparison:
 
 
 def result_table(workdir: str | os.PathLike | Run) -> list[Row]:
-    """All scores of a run, by evaluate stage, set and model, in the order of the config.
+    """All scores of a run: by evaluate stage, set (largest first) and model (order of the config).
 
     Args:
       workdir: a run's folder, or the run as read already.
@@ -60,11 +60,11 @@ def result_table(workdir: str | os.PathLike | Run) -> list[Row]:
     rows = []
     for stage in run.stages:
         scores = read_json(stage.directory / 'scores.json') or {}
-        # JSON with sorted keys has lost the order in which the config names sets and models.
-        for set_name in _in_order(scores, stage.fields.get('sets', ())):
+        for set_name in sorted(scores, key=lambda name: (-_words(scores[name]), name)):
             models = scores[set_name]
             rates = [s['wer']['value'] for s in models.values() if s['wer']['value'] is not None]
-            for model in _in_order(models, stage.fields.get('models', ())):
+            order = [*stage.fields.get('models', ()), *models]
+            for model in sorted(models, key=order.index):
                 score = models[model]
                 best = len(models) > 1 and score['wer']['value'] == min(rates, default=None)
                 rows.append(
@@ -74,17 +74,15 @@ def result_table(workdir: str | os.PathLike | Run) -> list[Row]:
     return rows
 
 
-def _in_order(found: Mapping[str, Any], order: Sequence[str] | Mapping[str, Any]) -> list[str]:
-    """Names in `found`, those in `order` first."""
-    return sorted(found, key=list([*order, *found]).index)
+def _words(models: Mapping[str, Mapping[str, Any]]) -> int:
+    """Reference words of a set."""
+    return max((score['wer']['words'] for score in models.values()), default=0)
 
 
 def comparisons(run: Run) -> list[Comparison]:
     """All paired tests that the run's evaluate stages have stored."""
     return [
-        Comparison(
-            stage.name, item['set'], item['first'], item['second'], item['wer'], item['cer']
-        )
+        Comparison(stage.name, item['set'], item['first'], item['second'], item['wer'], item['cer'])
         for stage in run.stages
         for item in read_json(stage.directory / 'comparisons.json') or ()
     ]

@@ -3,8 +3,8 @@
     references.jsonl   {"id": "u1", "text": "hello there", "speaker": "anna"}   speaker optional
     hypotheses.jsonl   {"id": "u1", "text": "hello dear"}
 
-Every reference needs exactly one hypothesis and the other way round: a missing line is an error, not
-an empty text, because a recogniser that was cut short must not look like one that said nothing.
+Every reference needs exactly one hypothesis and the other way round: a missing line is an error,
+not an empty text, because a recogniser that was cut short must not look like one that said nothing.
 
 `score_texts` and `compare_texts` give the entries that the evaluate stage stores.
 """
@@ -119,11 +119,21 @@ def score_command(
             {'file': file, **score_texts(truth, texts, speakers, seed)}
             for file, texts in zip(files, systems, strict=True)
         ],
-        'paired': compare_texts(truth, *systems, speakers, seed) if second is not None else None,
+        'paired': _compare(truth, systems, speakers, seed),
         'worst': _worst(list(lines.values()), truth, systems[0], worst),
     }
     print_scores(result)
     return result
+
+
+def _compare(
+    truth: Sequence[str], systems: Sequence[Sequence[str]],
+    speakers: Sequence[str | None], seed: int,
+) -> dict[str, Any] | None:  # fmt: skip
+    """The second system against the first; None when there is only one."""
+    if len(systems) < 2:
+        return None
+    return compare_texts(truth, systems[0], systems[1], speakers, seed)
 
 
 def read_texts(path: str | os.PathLike) -> dict[str, TextLine]:
@@ -212,7 +222,9 @@ def _worst(
             'id': lines[n].id,
             'speaker': lines[n].speaker,
             'errors': int(errors[n]),
-            'alignment': [[op.kind, op.reference, op.hypothesis] for op in align(truth[n], texts[n])],
+            'alignment': [
+                [op.kind, op.reference, op.hypothesis] for op in align(truth[n], texts[n])
+            ],
         }
         for n in order
         if errors[n]

@@ -9,8 +9,8 @@ their errors on each unit, d_g = errors_b(g) - errors_a(g).
 
       p = share of sign patterns with |sum_g +-d_g| >= |sum_g d_g|
 
-  over all 2^G patterns when there are few units, else over R random ones; then p = (1 + hits) / (1 +
-  R), so that a finite number of patterns never yields p = 0.
+  over all 2^G patterns when there are few units, else over R random ones; then
+  p = (1 + hits) / (1 + R), so that a finite number of patterns never yields p = 0.
 
 Sources: Noreen, "Computer-intensive methods for testing hypotheses", 1989 (randomisation); Bisani
 and Ney, ICASSP 2004 (bootstrap of the difference).

@@ -2,8 +2,8 @@
 
     rate = (substitutions + deletions + insertions) / reference words
 
-Counts are summed over utterances before dividing.  They come from jiwer's minimum edit distance.  An
-utterance whose reference is empty is kept: whatever the recogniser says there counts as insertions.
+Counts are summed over utterances before dividing.  They come from jiwer's minimum edit distance.
+An utterance whose reference is empty is kept: whatever is recognised there counts as insertions.
 """
 
 import dataclasses

@@ -7,11 +7,11 @@
 An objective chooses where it interferes: BEST-RQ replaces spans of the features, wav2vec 2.0 spans
 of e, CTC only augments.  Objectives see no mesh, file or optimizer.
 
-Random numbers are named: `named_key(key, 'mask')` is the key of one purpose; per-row purposes fold
-in the row's number in the global batch (`row_keys`), so that an utterance meets the same mask, noise
-and SpecAugment whatever its batch mates, the micro-batches, the hosts or the padded length.  (The
-last holds because JAX's partitionable threefry gives element i of a vector the same bits at every
-length.)  Dropout alone takes one key for the whole (micro-)batch.
+Random numbers are named: `named_key(key, 'mask')` is the key of one purpose; per-row purposes
+fold in the row's number in the global batch (`row_keys`), so that an utterance meets the same mask,
+noise and SpecAugment whatever its batch mates, the micro-batches, the hosts or the padded length.
+(The last holds because JAX's partitionable threefry gives element i of a vector the same bits at
+every length.)  Dropout alone takes one key for the whole (micro-)batch.
 """
 
 import dataclasses

@@ -93,14 +93,13 @@ class Context:
             'multiple_of': self.mesh.shape['data'] * self.mesh.shape['fsdp'],
         }
 
-    def pass_config(self, selection: str, text: bool) -> dict[str, Any]:
-        """The config of one pass over a selection, for labelling and evaluation."""
+    def pass_config(self, selection: str) -> dict[str, Any]:
+        """The stream config of one pass over a selection, for labelling and evaluation."""
+        fields = self.fields
         return {
-            'selection': self.selection(selection),
-            'text': text,
-            'normaliser': self.config['tokenizer']['normaliser'],
-            'batch_seconds': self.fields.get('batch_seconds', 128.0),
-            'num_buckets': self.fields.get('num_buckets', 6),
+            'sources': {selection: {'selection': self.selection(selection), 'labels': None}},
+            'batch_seconds': fields.get('batch_seconds', 128.0),
+            'num_buckets': fields.get('num_buckets', 6),
             'multiple_of': self.mesh.shape['data'] * self.mesh.shape['fsdp'],
         }
 

@@ -2,10 +2,39 @@
 
 from typing import Any
 
+from bigssl_jax.data.stream import one_pass
+from bigssl_jax.data.tokenizer import Tokenizer
+from bigssl_jax.evaluation import cer, wer
 from bigssl_jax.stages.context import Context
-from bigssl_jax.stages.training_stage import run_training
+from bigssl_jax.stages.evaluate import transcribe_set
+from bigssl_jax.stages.recognition import Recogniser
+from bigssl_jax.stages.training_stage import Trainer, run_training
+from bigssl_jax.training.state import TrainState
 
 
 def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fine-tunes; returns (outputs, results) for done.json."""
-    return run_training(context)
+    if not context.fields['dev']:
+        return run_training(context)
+    stream = one_pass(context.pass_config(context.fields['dev']))
+    tokenizer = Tokenizer(context.tokenizer_path)
+    normaliser = context.config['tokenizer']['normaliser']
+
+    def evaluate(trainer: Trainer, state: TrainState) -> dict[str, float]:
+        name = trainer.transcript_head()
+        params = state.evaluated_params()
+        recogniser = Recogniser(
+            trainer.encoder,
+            trainer.audio,
+            trainer.objectives[name],
+            {'encoder': params['encoder'], 'head': params['heads'][name]},
+            state.constants['encoder'],
+            tokenizer,
+            context.mesh,
+        )
+        lines = transcribe_set(recogniser, stream, normaliser)
+        references = [line['reference'] for line in lines]
+        texts = [line['text'] for line in lines]
+        return {'dev_wer': wer(references, texts).wer, 'dev_cer': cer(references, texts).wer}
+
+    return run_training(context, evaluate)

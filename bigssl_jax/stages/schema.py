@@ -101,7 +101,7 @@ KINDS: dict[str, dict[str, Any]] = {
         'kind': '',
         'teacher': '',
         'selection': '',
-        'filter': {},
+        'filter': None,
         'batch_seconds': 128.0,
         'num_buckets': 6,
     },

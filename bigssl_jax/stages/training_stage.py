@@ -27,6 +27,7 @@ from bigssl_jax.audio import (
     row_keys,
     speed_perturb,
 )
+from bigssl_jax.config import ConfigError
 from bigssl_jax.models import ConformerConfig, Encoder
 from bigssl_jax.objectives import EncoderCall
 from bigssl_jax.parallel import logical_to_shardings, replicated, use_mesh
@@ -174,6 +175,17 @@ class Trainer:
         given = self.fields['optimizer']
         settings = StepSettings(given['clip_norm'], given['ema_decay'], given['micro_batches'])
         return jax.jit(make_train_step(terms, optimizer, labels, settings), donate_argnums=0)
+
+    def transcript_head(self) -> str:
+        """The name of the CTC objective.
+
+        Raises:
+          ConfigError: the stage has none.
+        """
+        for name, fields in self.fields['objectives'].items():
+            if fields['objective'] == 'ctc':
+                return name
+        raise ConfigError('a stage with a dev set needs a ctc objective')
 
     def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
         """Readable metrics of all terms; `loss` is their weighted sum."""

@@ -100,25 +100,16 @@ def test_tensorflow_reads_the_same_records_in_order_and_by_offset(directory):
         decoded = tf.io.decode_raw(payload, tf.int16).numpy()
         np.testing.assert_array_equal(decoded, corpus.read(row))
 
-    class ByOffset(tf.data.Dataset):
-        def __init__(self, path, offsets):
-            super().__init__(
-                tf.raw_ops.TFRecordDatasetV2(
-                    filenames=[path],
-                    compression_type='',
-                    buffer_size=tf.constant(0, tf.int64),
-                    byte_offsets=tf.constant(offsets, tf.int64),
-                )
-            )
+    def record_at(path, offset):
+        variant = tf.raw_ops.TFRecordDatasetV2(
+            filenames=[path], compression_type='', buffer_size=0, byte_offsets=[offset]
+        )
+        return tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string)).take(1)
 
-        element_spec = tf.TensorSpec([], tf.string)
-
-        def _inputs(self):
-            return []
-
-    row = 6  # the third record of the second shard: reading starts there
-    dataset = ByOffset(corpus.shard_paths[corpus.shard_of[row]], [corpus.offset_of[row]])
-    first = next(iter(dataset.as_numpy_iterator()))
+    row = 6  # the third record of the second shard
+    place = ([corpus.shard_paths[corpus.shard_of[row]]], [corpus.offset_of[row]])
+    dataset = tf.data.Dataset.from_tensor_slices(place).flat_map(record_at)
+    (first,) = dataset.as_numpy_iterator()
     np.testing.assert_array_equal(np.frombuffer(first, '<i2'), corpus.read(row))
 
 

@@ -10,7 +10,6 @@ import pytest
 from bigssl_jax.data.errors import DataError
 from bigssl_jax.data.order import Order, derive_key, exact_quotas, permute, splitmix64
 
-
 GOLDEN_TEN = [6, 9, 5, 3, 8, 1, 2, 4, 7, 0]
 GOLDEN_HASH = 'fb766fa8957efddd'
 GOLDEN_HUGE = [820176514839937, 333390590596455, 942351790949914]

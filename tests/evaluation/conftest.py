@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import shutil
+import zlib
 from typing import Any
 
 import numpy as np
@@ -69,8 +71,8 @@ def finish(workdir: pathlib.Path, stage: str, kind: str, seconds: float, results
 
 
 def write_metrics(workdir: pathlib.Path, stage: str, pretrain: bool, last: int) -> None:
-    generator = np.random.default_rng(len(stage))
-    lines = []
+    generator = np.random.default_rng(zlib.crc32(stage.encode()))
+    lines, speed = [], generator.uniform(100, 200)
     for step in range(10, last + 1, 10):
         loss = (9 if pretrain else 60) * float(np.exp(-step / 120)) + 1.4 + generator.random() / 5
         term = 'best_rq' if pretrain else 'ctc'
@@ -78,9 +80,10 @@ def write_metrics(workdir: pathlib.Path, stage: str, pretrain: bool, last: int) 
                 'audio_seconds_per_second': 150 + 8 * generator.random()}  # fmt: skip
         if pretrain:
             line |= {'best_rq/masked_accuracy': 0.4 * (1 - float(np.exp(-step / 200))),
-                     'best_rq/code_perplexity': 900.0 + step, 'best_rq/codes_used': 0.93}  # fmt: skip
+                     'best_rq/chance': 0.04, 'best_rq/code_perplexity': 900.0 + step,
+                     'best_rq/codes_used': 0.93}  # fmt: skip
         elif step % 50 == 0:
-            rate = 0.3 + 0.7 * float(np.exp(-step / 150))
+            rate = 0.3 + 0.7 * float(np.exp(-step / speed))
             line |= {'dev/wer': rate + 0.2, 'dev/cer': rate / 2}
         lines.append(json.dumps(line) + '\n')
     lines.append('{"step": 99999, "los')  # cut short by a kill
@@ -155,9 +158,16 @@ def make_run(workdir: pathlib.Path, hostile: bool = True) -> pathlib.Path:
     return workdir
 
 
+@pytest.fixture(scope='session')
+def made_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A finished run, to be read only."""
+    return make_run(tmp_path_factory.mktemp('made') / 'run')
+
+
 @pytest.fixture
-def finished_run(tmp_path: pathlib.Path) -> pathlib.Path:
-    return make_run(tmp_path / 'run')
+def finished_run(made_run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A finished run, to be changed."""
+    return shutil.copytree(made_run, tmp_path / 'run')
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Real recorded speech from Debian packages: fifteen hours, twelve languages, free licences.
+"""Real recorded speech from Debian packages: fifteen hours, fifteen languages, free licences.
 
     from bigssl_jax.data import open_voices
     for entry in open_voices.entries('queen', cache_dir='~/.cache/bigssl'): ...

@@ -4,15 +4,15 @@
     builder = tfds.builder('open_voices/queen')
     builder.download_and_prepare()
 
-Audio is stored as the bytes of a 16 kHz mono FLAC file in a string feature (TFDS's own `Audio` feature
-takes five bytes a sample). `text` is empty where it is not known (`has_text` False). On systems
-without apt, put the `.deb` files into a folder and name it as TFDS's manual folder:
+Audio is stored as the bytes of a 16 kHz mono FLAC file in a string feature (TFDS's own `Audio`
+feature takes five bytes a sample). `text` is empty where it is not known (`has_text` False). On
+systems without apt, put the `.deb` files into a folder and name it as TFDS's manual folder:
 
     config = tfds.download.DownloadConfig(manual_dir='debs')
     builder.download_and_prepare(download_config=config)
 
-Packages and decoded files are cached in the download folder. `seen` is known within one set only: for
-an experiment over several sets use `open_voices.entries`, which looks over all of them.
+Packages and decoded files are cached in the download folder. `seen` is known within one set only:
+for an experiment over several sets use `open_voices.entries`, which looks over all of them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from bigssl_jax.data.manifest import Entry
 from bigssl_jax.data.open_voices import build, sets
@@ -35,7 +36,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     name = 'open_voices'
     VERSION = tfds.core.Version(sets.VERSION)
     RELEASE_NOTES = {sets.VERSION: 'First version.'}
-    MANUAL_DOWNLOAD_INSTRUCTIONS = None  # apt fetches; a manual folder of .deb files is optional
+    # TFDS's own way to find this file needs importlib_resources, which it does not require.
+    code_path = epath.Path(__file__)
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(
             name=speech_set.name, version=sets.VERSION, description=speech_set.description
@@ -60,7 +62,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                     'domain': tfds.features.Text(),
                     'group': tfds.features.Text(),
                     'seen': np.bool_,
-                    'duration': np.float64,
+                    'duration': np.float32,
                     'licence': tfds.features.Text(),
                 }
             ),

@@ -88,7 +88,10 @@ ALL_SETS = (
     _asterisk('en', 'CC-BY-SA-3.0', DIGIUM + 'Allison Smith'),
     _asterisk('es', 'CC-BY-SA-3.0', DIGIUM + 'Allison Smith'),
     _asterisk('fr', 'CC-BY-SA-3.0', DIGIUM + 'June Wallack (http://www.junewallack.com)'),
-    _asterisk('it', 'CC-BY-3.0', 'Asterisk core sounds (Italian); see the package copyright file'),
+    _asterisk(
+        'it', 'CC-BY-3.0',
+        '(C) 2012 Carlo Flora (http://www.carloflora.com); translated by Silvia Petrin',
+    ),
     _asterisk('ru', 'CC-BY-3.0', 'Maxim Topal, IvrvoiceRU (http://www.ivrvoice.ru)'),
     SpeechSet(
         name='ru',
@@ -105,7 +108,7 @@ ALL_SETS = (
     SpeechSet(
         name='tuxpaint',
         packages=('tuxpaint-stamps-default',),
-        languages=('be', 'bg', 'ca', 'da', 'el', 'es', 'fr', 'ml', 'nl', 'ro', 'ru'),
+        languages=('be', 'bg', 'ca', 'da', 'el', 'es', 'fr', 'lt', 'ml', 'nl', 'ro', 'ru'),
         domain='stamps',
         licence='GPL-2.0-or-later',
         attribution='Tux Paint stamps, (C) 2002-2022 Bill Kendrick and contributors',

@@ -1,0 +1,126 @@
+"""Scores finished models on test sets: WER and CER with intervals, paired tests, clips to hear."""
+
+import json
+import os
+from typing import Any
+
+from bigssl_jax.data.corpus import Corpus
+from bigssl_jax.data.stream import Stream, one_pass
+from bigssl_jax.data.text import normalise_text
+from bigssl_jax.evaluation.clips import choose_clips, write_clips
+from bigssl_jax.evaluation.score import compare_texts, score_texts
+from bigssl_jax.evaluation.wer import count_errors
+from bigssl_jax.stages import artefacts
+from bigssl_jax.stages.context import Context
+from bigssl_jax.stages.model import load_model
+from bigssl_jax.stages.recognition import Recogniser
+
+
+def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores every model on every set; returns (outputs, results) for done.json."""
+    fields = context.fields
+    models = {name: load_model(context.workdir / name) for name in fields['models']}
+    scores: dict[str, Any] = {}
+    comparisons = []
+    outputs = {}
+    for set_name, selection in fields['sets'].items():
+        lines: dict[str, list[dict[str, Any]]] = {}
+        for name, model in models.items():
+            stream = one_pass(context.pass_config(selection))
+            lines[name] = transcribe_set(
+                Recogniser.of_model(model, context.mesh),
+                stream,
+                context.config['tokenizer']['normaliser'],
+            )
+        scores[set_name] = {name: _score(context, lines[name]) for name in models}
+        for first, second in fields['compare']:
+            comparisons.append(
+                {
+                    'set': set_name,
+                    'first': first,
+                    'second': second,
+                    **_compare(context, lines[first], lines[second]),
+                }
+            )
+        path = context.directory / f'hypotheses-{set_name}.jsonl'
+        write_lines(path, [{'model': name, **line} for name in models for line in lines[name]])
+        outputs[path.name] = artefacts.file_hash(path)
+        last = lines[fields['models'][-1]]
+        _clips(context, set_name, context.selection(selection)['corpus'], last)
+    artefacts.write_json(context.directory / 'scores.json', scores)
+    artefacts.write_json(context.directory / 'comparisons.json', comparisons)
+    results = {
+        f'{set_name} {name} WER': score['wer']['value']
+        for set_name, by_model in scores.items()
+        for name, score in by_model.items()
+    }
+    return outputs, results
+
+
+def transcribe_set(
+    recogniser: Recogniser, stream: Stream, normaliser: str
+) -> list[dict[str, Any]]:
+    """Hypotheses beside references, in the selection's order."""
+    source = stream.sources[0]
+    ids, texts = source.column('id'), source.column('text')
+    speakers = source.column('speaker')
+    with stream.batches(0) as batches:
+        found = sorted(recogniser.recognise(batches), key=lambda h: h.utterance)
+    return [
+        {
+            'id': ids[h.utterance],
+            'reference': normalise_text(texts[h.utterance] or '', normaliser),
+            'text': normalise_text(h.text, normaliser),
+            'confidence': round(h.confidence, 4),
+            'speaker': speakers[h.utterance],
+            'seconds': round(h.seconds, 3),
+        }
+        for h in found
+    ]
+
+
+def _columns(lines: list[dict[str, Any]]) -> tuple[list[str], list[str], list[str]]:
+    return (
+        [line['reference'] for line in lines],
+        [line['text'] for line in lines],
+        [line['speaker'] for line in lines],
+    )
+
+
+def _score(context: Context, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    references, texts, speakers = _columns(lines)
+    return score_texts(references, texts, speakers, context.config['seed'])
+
+
+def _compare(
+    context: Context, first: list[dict[str, Any]], second: list[dict[str, Any]]
+) -> dict[str, Any]:
+    references, texts, speakers = _columns(first)
+    return compare_texts(
+        references, texts, _columns(second)[1], speakers, context.config['seed']
+    )
+
+
+def write_lines(path: Any, lines: list[dict[str, Any]]) -> None:
+    """Writes JSON Lines atomically."""
+    temporary = path.with_name(f'.{path.name}.tmp')
+    with temporary.open('w') as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False) + '\n')
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _clips(context: Context, set_name: str, corpus: str, lines: list[dict[str, Any]]) -> None:
+    """Audio of some utterances for the report: the worst of the last model, and a spread."""
+    counts = count_errors([line['reference'] for line in lines], [line['text'] for line in lines])
+    chosen = choose_clips(counts.errors.tolist(), context.fields['report_clips'])
+    opened = Corpus.open(corpus)
+    row_of = {name: row for row, name in enumerate(opened.column('id').to_pylist())}
+    write_clips(
+        context.directory,
+        set_name,
+        [lines[i]['id'] for i in chosen],
+        lambda name: opened.read(row_of[name]),
+    )

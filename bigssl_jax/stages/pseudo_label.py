@@ -1,0 +1,114 @@
+"""A teacher writes what it hears in audio without transcripts.
+
+The selection is cut into parts; each part becomes one Parquet file, written atomically, and the
+set becomes visible when all are there.  The teacher hears the audio as it is: no augmentation.
+Where the corpus happens to know the truth, `quality.json` says how good the labels are; the truth
+is never used for anything else.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from bigssl_jax.config import config_hash
+from bigssl_jax.data.label_sets import LabelSet, LabelWriter, filter_labels
+from bigssl_jax.data.stream import Stream, one_pass
+from bigssl_jax.data.text import normalise_text
+from bigssl_jax.evaluation.confidence import label_quality
+from bigssl_jax.stages import artefacts
+from bigssl_jax.stages.context import Context
+from bigssl_jax.stages.model import load_model
+from bigssl_jax.stages.recognition import DECODER, Hypothesis, Recogniser
+from bigssl_jax.training.metrics import Progress
+from bigssl_jax.training.signals import Stopped
+
+PART_HOURS = 1.0
+
+
+def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Labels the stage's selection; returns (outputs, results) for done.json."""
+    fields = context.fields
+    teacher = load_model(context.workdir / fields['teacher'])
+    recogniser = Recogniser.of_model(teacher, context.mesh)
+    config = context.pass_config(fields['selection'])
+    whole = one_pass(config)
+    hours = sum(whole.sources[0].lengths[np.arange(len(whole.sources[0]))]) / 16000 / 3600
+    num_parts = max(1, round(hours / PART_HOURS))
+    key = {
+        'teacher': teacher.hash,
+        'decoder': DECODER,
+        'config': config_hash({'pass': config, 'parts': num_parts}),
+        'corpus': whole.sources[0].corpus.fingerprint,
+    }
+    writer = LabelWriter(context.directory / 'labels', key, num_parts)
+    started, heard = time.monotonic(), 0.0
+    progress = Progress(context.name, num_parts, 0)
+    for part in writer.missing():
+        if context.stop.requested:
+            raise Stopped(f'{context.name} stopped before part {part}; the same command continues')
+        stream = one_pass(config, part=(part, num_parts))
+        with stream.batches(0) as batches:
+            found = sorted(recogniser.recognise(batches), key=lambda h: h.utterance)
+        writer.write(part, _columns(found, stream))
+        heard += sum(h.seconds for h in found)
+        rtfx = heard / (time.monotonic() - started)
+        progress.show(part + 1, 0.0, rtfx, PART_HOURS * 3600)
+    labels = writer.finish({'teacher': str(fields['teacher']), 'decoder': DECODER})
+    results = {
+        'utterances': labels.num_rows,
+        'hours': round(labels.hours, 3),
+        'rtfx': round(heard / max(time.monotonic() - started, 1e-9), 1),
+        **_kept(labels, fields['filter']),
+    }
+    quality = measure_quality(context, labels, whole)
+    if quality is not None:
+        artefacts.write_json(context.directory / 'quality.json', quality)
+        results['label_wer'] = quality['all']['wer']['value']
+    return {'labels': labels.fingerprint, 'rows': labels.num_rows}, results
+
+
+def _columns(found: list[Hypothesis], stream: Stream) -> dict[str, list]:
+    ids = stream.sources[0].column('id')
+    return {
+        'id': [ids[h.utterance] for h in found],
+        'text': [h.text for h in found],
+        'tokens': [h.tokens for h in found],
+        'score': [h.log_probability for h in found],
+        'confidence': [h.confidence for h in found],
+        'seconds': [h.seconds for h in found],
+        'frames': [h.frames for h in found],
+        'token_confidence': [h.token_confidence for h in found],
+        'token_start_frames': [h.start_frames for h in found],
+        'token_end_frames': [h.end_frames for h in found],
+    }
+
+
+def _kept(labels: LabelSet, steps: Any) -> dict[str, Any]:
+    """What the stage's filter would keep; the student's stream applies the same steps itself."""
+    if not steps:
+        return {'kept_hours': round(labels.hours, 3), 'filter': []}
+    result = filter_labels(labels, steps)
+    return {'kept_hours': round(result.kept_hours, 3), 'filter': result.report}
+
+
+def measure_quality(context: Context, labels: LabelSet, stream: Stream) -> dict[str, Any] | None:
+    """The labels against transcripts, over the utterances that have one; None without any."""
+    source = stream.sources[0]
+    normaliser = context.config['tokenizer']['normaliser']
+    truth = dict(zip(source.column('id'), source.column('text'), strict=True))
+    speakers = dict(zip(source.column('id'), source.column('speaker'), strict=True))
+    table = labels.table(['id', 'text', 'confidence']).to_pydict()
+    kept = labels.keep_mask(context.fields['filter'] or None)
+    known = [i for i, name in enumerate(table['id']) if truth[name]]
+    if not known:
+        return None
+    ids = [table['id'][i] for i in known]
+    return label_quality(
+        references=[normalise_text(truth[name], normaliser) for name in ids],
+        labels=[table['text'][i] for i in known],
+        confidence=[table['confidence'][i] for i in known],
+        kept=[bool(kept[i]) for i in known],
+        speakers=[speakers[name] for name in ids],
+        seed=context.config['seed'],
+    )

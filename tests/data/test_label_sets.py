@@ -1,0 +1,198 @@
+"""Label sets are complete or invisible, survive kills, never mix teachers; filters tell why."""
+
+import hashlib
+import multiprocessing
+import os
+import pathlib
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from bigssl_jax.config import ConfigError
+from bigssl_jax.data.errors import DataError
+from bigssl_jax.data.label_sets import LabelSet, LabelWriter, filter_labels, has_repeats
+
+KEY = {'teacher': 'aa', 'decoder': 'bb', 'config': 'cc'}
+
+
+def rows(part, count=10):
+    """Made-up labels of one part; the same every time."""
+    random = np.random.default_rng(part)
+    return {
+        'id': [f'u{part}-{i}' for i in range(count)],
+        'text': [' '.join(random.choice(['a', 'ship', 'moon'], 4)) for _ in range(count)],
+        'tokens': [random.integers(3, 30, 5).tolist() for _ in range(count)],
+        'score': random.normal(-5, 1, count).astype(np.float32),
+        'confidence': random.uniform(0, 1, count).astype(np.float32),
+        'seconds': random.uniform(1, 3, count).astype(np.float32),
+        'token_confidence': [random.uniform(0, 1, 5).astype(np.float32) for _ in range(count)],
+    }
+
+
+def write_all(directory, key=KEY, parts=4, slow=0.0):
+    writer = LabelWriter(directory, key, parts)
+    for part in writer.missing():
+        time.sleep(slow)
+        writer.write(part, rows(part))
+    return writer.finish({'hours_of_audio': 1})
+
+
+def hashes(directory):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in pathlib.Path(directory).iterdir() if not p.name.endswith('.tmp')}
+
+
+def test_what_is_written_is_read_back_in_order(tmp_path):
+    labels = write_all(tmp_path)
+    assert labels.num_rows == 40
+    assert labels.key == KEY
+    table = labels.table()
+    assert table['id'].to_pylist() == [i for part in range(4) for i in rows(part)['id']]
+    assert table['tokens'].to_pylist() == [t for part in range(4) for t in rows(part)['tokens']]
+    seconds = sum(rows(part)['seconds'].sum(dtype=np.float64) for part in range(4))
+    assert labels.hours == pytest.approx(seconds / 3600, abs=1e-6)
+    labels.verify()
+    assert LabelSet.open(tmp_path).fingerprint == labels.fingerprint
+
+
+def test_nothing_is_visible_before_the_end(tmp_path):
+    writer = LabelWriter(tmp_path, KEY, 2)
+    writer.write(0, rows(0))
+    with pytest.raises(DataError, match='labels are not complete'):
+        LabelSet.open(tmp_path)
+    with pytest.raises(DataError, match=r'parts \[1\] of 2 are missing'):
+        writer.finish()
+
+
+def test_finished_parts_are_skipped_and_left_alone(tmp_path):
+    write_all(tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob('part-*')}
+    writer = LabelWriter(tmp_path, KEY, 4)
+    assert writer.missing() == []
+    writer.write(2, {**rows(2), 'text': ['other'] * 10})
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob('part-*')} == before
+
+
+def test_labels_of_another_teacher_are_refused(tmp_path):
+    write_all(tmp_path)
+    with pytest.raises(DataError, match='made with another teacher: write these labels to another'):
+        write_all(tmp_path, {**KEY, 'teacher': 'zz'})
+    with pytest.raises(DataError, match='another number of parts'):
+        LabelWriter(tmp_path, KEY, 5)
+
+
+def test_killed_at_any_time_and_started_again_gives_the_same_files(tmp_path):
+    write_all(tmp_path / 'unbroken', parts=12)
+    directory = tmp_path / 'broken'
+    context = multiprocessing.get_context('fork')
+    random = np.random.default_rng(0)
+    kills = 0
+    for _ in range(30):
+        process = context.Process(target=write_all, args=(directory, KEY, 12, 0.02))
+        process.start()
+        process.join(random.uniform(0.02, 0.15))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+        if (directory / 'labels.json').exists():
+            break
+    assert kills >= 2
+    write_all(directory, parts=12)
+    assert hashes(directory) == hashes(tmp_path / 'unbroken')
+
+
+def test_damage_is_found(tmp_path):
+    labels = write_all(tmp_path)
+    path = tmp_path / 'part-00001-of-00004.parquet'
+    content = path.read_bytes()
+    path.write_bytes(content[:-20])
+    with pytest.raises(DataError, match='part-00001-of-00004.parquet has .* bytes'):
+        LabelSet.open(tmp_path)
+    with pytest.raises(DataError, match='damaged or not a part of a label set'):
+        LabelWriter(tmp_path, KEY, 4).missing()
+    path.write_bytes(content[:30] + b'\xff' + content[31:])
+    with pytest.raises(DataError, match='has changed'):
+        labels.verify()
+    path.unlink()
+    with pytest.raises(DataError, match='is missing'):
+        LabelSet.open(tmp_path)
+
+
+def test_columns_are_checked(tmp_path):
+    writer = LabelWriter(tmp_path, KEY, 1)
+    good = rows(0)
+    with pytest.raises(DataError, match="lack the column 'score'"):
+        writer.write(0, {k: v for k, v in good.items() if k != 'score'})
+    with pytest.raises(DataError, match="no column 'logits'"):
+        writer.write(0, {**good, 'logits': [1] * 10})
+    with pytest.raises(DataError, match='differ in length'):
+        writer.write(0, {**good, 'id': ['x']})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def labels(tmp_path):
+    """Six utterances, each bad in a way of its own but the last."""
+    writer = LabelWriter(tmp_path, KEY, 1)
+    text = ['', 'go go go go', 'one two three one two three one two three', 'unsure words', 'slow',
+            'all is well']
+    writer.write(0, {
+        'id': list('abcdef'), 'text': text, 'tokens': [[3]] * 6, 'score': [-1.0] * 6,
+        'confidence': [0.9, 0.8, 0.7, 0.1, 0.9, 0.95],
+        'seconds': [1.0, 1.0, 3.0, 1.0, 30.0, 1.0]})
+    return writer.finish()
+
+
+@pytest.mark.parametrize('step, kept', [
+    ({'kind': 'keep_all'}, 'abcdef'),
+    ({'kind': 'empty'}, 'bcdef'),
+    ({'kind': 'confidence', 'threshold': 0.7}, 'abef'),  # 0.7 in float32 is below 0.7
+    ({'kind': 'confidence', 'threshold': 0.69}, 'abcef'),
+    ({'kind': 'confidence', 'percentile': 50}, 'aef'),  # a and e tie; both are above the median
+    ({'kind': 'confidence', 'percentile': 0}, 'abcdef'),
+    ({'kind': 'words_per_second', 'min': 1.0}, 'bcdf'),
+    ({'kind': 'words_per_second', 'max': 3.5}, 'acdef'),
+    ({'kind': 'characters_per_second', 'min': 1.0, 'max': 11.5}, 'bf'),
+    ({'kind': 'repeats'}, 'adef'),
+    ({'kind': 'repeats', 'words': 1, 'times': 3}, 'acdef'),
+    ({'kind': 'repeats', 'words': 3, 'times': 5}, 'abcdef'),
+])
+def test_each_filter_keeps_what_it_says(labels, step, kept):
+    result = filter_labels(labels, step)
+    assert ''.join(result.ids) == kept
+    assert result.keep.tolist() == [c in kept for c in 'abcdef']
+
+
+def test_a_filter_reports_hours_and_reasons(labels):
+    result = filter_labels(labels, [{'kind': 'empty'}, {'kind': 'words_per_second', 'min': 1.0},
+                                    {'kind': 'confidence', 'percentile': 25}])
+    assert [r['kind'] for r in result.report] == ['empty', 'words_per_second', 'confidence']
+    assert [r['removed_rows'] for r in result.report] == [1, 1, 1]
+    assert result.report[1]['removed_hours'] == pytest.approx(30 / 3600)
+    assert result.kept_hours == pytest.approx(5 / 3600)
+    assert result.report[2]['limits']['threshold'] == pytest.approx(0.7)
+    assert ''.join(result.ids) == 'bcf'
+
+
+@pytest.mark.parametrize('step, message', [
+    ({'kind': 'luck'}, r'filter\[0\].kind'),
+    ({'kind': 'confidence'}, 'either percentile or threshold'),
+    ({'kind': 'confidence', 'percentile': 10, 'threshold': 0.1}, 'either percentile or threshold'),
+    ({'kind': 'confidence', 'percentile': 100}, 'must be 0 <= p < 100'),
+    ({'kind': 'empty', 'words': 3}, 'words'),
+    ([], 'at least one step'),
+])
+def test_bad_filters_are_named(labels, step, message):
+    with pytest.raises(ConfigError, match=message):
+        filter_labels(labels, step)
+
+
+@pytest.mark.parametrize('text, words, times, expected', [
+    ('a a a', 1, 3, True), ('a a b a', 1, 3, False), ('a b a b a b', 2, 3, True),
+    ('a b a b a', 2, 3, False), ('a b a b a b', 1, 2, False), ('x a b c a b c', 3, 2, True),
+    ('', 3, 2, False)])
+def test_repeats(text, words, times, expected):
+    assert has_repeats(text, words, times) is expected

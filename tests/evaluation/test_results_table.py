@@ -1,0 +1,67 @@
+"""The result table of a made-up run."""
+
+import pytest
+
+from bigssl_jax.evaluation.results_table import markdown_table, print_result_table, result_table
+from bigssl_jax.evaluation.workdir import WorkdirError, read_lines, read_run
+
+
+def test_rows_follow_set_size_and_the_order_of_models(finished_run):
+    rows = result_table(finished_run)
+    assert [row.set for row in rows] == ['queen_test'] * 3 + ['ast_en'] * 3
+    assert [row.model for row in rows] == ['supervised', 'pretrained', 'student'] * 2
+    for name in ('queen_test', 'ast_en'):
+        chosen = [row for row in rows if row.set == name]
+        best = min(chosen, key=lambda row: row.wer['value'])
+        assert [row.model for row in chosen if row.best] == [best.model]
+
+
+def test_markdown_has_a_line_per_row(finished_run):
+    rows = result_table(finished_run)
+    lines = markdown_table(rows).splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert len({line.count('|') for line in lines}) == 1
+    assert f'{100 * rows[0].wer["value"]:.1f} %' in lines[2]
+
+
+def test_print_out_fits_80_columns_and_says_what_is_synthetic(finished_run, capsys):
+    print_result_table(finished_run)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert 'ast_en is synthetic speech' in printed
+    for word in ('queen_test', 'pretrained', 'student against supervised', 'labels: 200 labels'):
+        assert word in printed
+
+
+def test_run_without_scores_has_no_rows(half_run, capsys):
+    assert print_result_table(half_run) == []
+    assert 'no scores yet' in capsys.readouterr().out
+
+
+def test_stages_know_how_far_they_are(half_run):
+    status = {stage.name: stage.status for stage in read_run(half_run).stages}
+    assert status['pretrain'] == 'done'
+    assert status['supervised'] == 'not finished: step 120 of 400'
+    assert status['student'] == 'not started'
+
+
+def test_only_a_line_cut_short_is_forgiven(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert [line['step'] for line in read_lines(path)] == [1, 2]
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(WorkdirError, match=r'metrics\.jsonl:2 is damaged'):
+        read_lines(path)
+
+
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(WorkdirError, match='not the workdir of a run'):
+        result_table(tmp_path)
+    with pytest.raises(WorkdirError, match='not the workdir of a run'):
+        result_table(tmp_path / 'missing')
+    (tmp_path / 'config.json').write_text('[]')
+    with pytest.raises(WorkdirError, match='no field "config"'):
+        result_table(tmp_path)
+    (tmp_path / 'config.json').write_text('{"config": ')
+    with pytest.raises(WorkdirError, match='damaged'):
+        result_table(tmp_path)
