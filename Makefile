@@ -27,9 +27,10 @@ help:
 install: .venv/installed
 
 .venv/installed: setup.py pyproject.toml $(wildcard requirements-lock-3.*.txt)
-	@test -n '$(PYTHON)' || { \
-		echo 'make: no Python 3.11, 3.12 or 3.13 found; install one (Debian, Ubuntu:' \
-			'apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3' >&2; \
+	@test -n '$(PYTHON)' && $(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
+		echo 'make: needs Python 3.11, 3.12 or 3.13 (found: $(or $(PYTHON),none)); install one' \
+			'(Debian, Ubuntu: apt install python3 python3-venv)' \
+			'or name it: make PYTHON=/path/to/python3' >&2; \
 		exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
 		echo 'make: venv failed; Debian and Ubuntu need: apt install python3-venv' >&2; exit 1; }
@@ -41,8 +42,7 @@ install: .venv/installed
 	@touch $@
 
 quickstart: .venv/installed
-	$(BIN)/bigssl run --config $(CONFIG) --workdir $(WORKDIR) \
-		$(if $(CORPUS),--config.corpus_manifest=$(CORPUS))
+	$(BIN)/bigssl run --config $(CONFIG)$(if $(CORPUS),:$(CORPUS)) --workdir $(WORKDIR)
 
 test: lint
 	$(BIN)/python -m pytest -q $(TESTS)

@@ -26,6 +26,7 @@ INSTALL_REQUIRES = [
     'absl-py>=2.3,<3',
     'numpy>=2.1,<3',
     'clu>=0.0.12,<0.1',
+    'etils>=1.13,<2',
     'tensorboard>=2.20,<3',
     # corpora and streams
     'tensorflow>=2.20,<2.22',
@@ -39,9 +40,12 @@ INSTALL_REQUIRES = [
     'google-crc32c>=1.7,<2',
     # speech for machines that cannot have the recorded corpus
     'espeakng-loader>=0.2.4,<0.3',
-    # scores and tables
+    # scores, tables and the report
     'jiwer>=4.0,<5',
     'rich>=14,<16',
+    'jinja2>=3.1.5,<4',
+    'markupsafe>=3.0,<4',
+    'matplotlib>=3.10,<4',
 ]
 
 EXTRAS = {

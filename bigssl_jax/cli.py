@@ -159,6 +159,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
     configure_platform()
     from bigssl_jax import config as config_lib
+    from bigssl_jax.evaluation.report import write_report
+    from bigssl_jax.evaluation.results_table import print_result_table
     from bigssl_jax.stages import schema
     from bigssl_jax.stages.recipe import run_recipe
     from bigssl_jax.training.signals import Stopped
@@ -169,9 +171,13 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     check_writable(options.workdir)
     stages = [name for name in options.stages.split(',') if name] if options.stages else None
     try:
-        return run_recipe(config, options.workdir, stages=stages)
+        result = run_recipe(config, options.workdir, stages=stages)
     except Stopped as stopped:
         sys.exit(_say(str(stopped), EXIT_STOPPED))
+    print_result_table(options.workdir)
+    page = write_report(options.workdir)
+    print(f'report: {page}')
+    return {**result, 'report': str(page)}
 
 
 def _collect_overrides(rest: Sequence[str], verb: str) -> list[tuple[str, str]]:
@@ -305,12 +311,48 @@ def _add_prepare(verbs: Any) -> None:
     source.add_argument('--tfds', metavar='NAME', help='a TFDS builder: name[/config][:version]')
     verb.add_argument('--out', required=True, metavar='DIR', help='the corpus to make')
     verb.add_argument('--jobs', type=int, metavar='N', help='processes (default: one per core)')
+    verb.add_argument('--data-dir', metavar='DIR', help='where TFDS keeps its data (with --tfds)')
+    verb.add_argument(
+        '--shard-size', type=int, default=512, metavar='N', help='utterances a shard (512)'
+    )
+    verb.add_argument(
+        '--min-seconds',
+        type=float,
+        default=0.1,
+        metavar='S',
+        help='shorter ones are put aside (0.1)',
+    )
+    verb.add_argument(
+        '--max-seconds', type=float, default=120.0, metavar='S', help='longer ones, too (120)'
+    )
+    verb.add_argument(
+        '--max-quarantine',
+        type=float,
+        default=0.1,
+        metavar='SHARE',
+        help='stop when more than this share of the utterances is bad (0.1)',
+    )
+    verb.add_argument(
+        '--ignore', default='', metavar='A,B', help='manifest fields to pass over, comma-separated'
+    )
 
 
 def _prepare(options: argparse.Namespace) -> Any:
     from bigssl_jax.data.prepare import prepare_command
 
-    return prepare_command(options)
+    return prepare_command(
+        manifest=options.manifest,
+        tfds=options.tfds,
+        out=options.out,
+        jobs=options.jobs,
+        data_dir=options.data_dir,
+        shard_size=options.shard_size,
+        min_seconds=options.min_seconds,
+        max_seconds=options.max_seconds,
+        max_quarantine_fraction=options.max_quarantine,
+        ignore=[name for name in options.ignore.split(',') if name],
+        progress=sys.stderr.isatty(),
+    )
 
 
 def _add_inspect(verbs: Any) -> None:
@@ -322,12 +364,13 @@ def _add_inspect(verbs: Any) -> None:
         _inspect,
     )
     verb.add_argument('corpus', metavar='DIR', help='a prepared corpus')
+    verb.add_argument('--examples', type=int, default=5, metavar='N', help='lines to show (5)')
 
 
 def _inspect(options: argparse.Namespace) -> Any:
     from bigssl_jax.data.inspect import inspect_command
 
-    return inspect_command(options)
+    return inspect_command(options.corpus, options.examples)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -346,9 +389,9 @@ def _add_transcribe(verbs: Any) -> None:
     verb.add_argument(
         '--checkpoint', required=True, metavar='DIR', help="a fine-tuning stage's folder"
     )
-    verb.add_argument('audio', nargs='+', metavar='AUDIO', help='audio files')
+    verb.add_argument('audio', nargs='+', metavar='AUDIO', help='audio files, or folders of them')
     verb.add_argument(
-        '--output', metavar='FILE', help='JSON Lines: id, text, confidence, seconds, tokens'
+        '--output', metavar='FILE', help='JSON Lines: id, text, confidence, seconds, words'
     )
 
 
@@ -366,25 +409,35 @@ def _add_score(verbs: Any) -> None:
         verbs,
         'score',
         'Score hypotheses.  WER and CER, substitutions, deletions, insertions, 95 % intervals; with'
-        ' --baseline, a paired test against a second system.',
+        ' --second, a paired test.',
         '  bigssl score --references test.jsonl --hypotheses student.jsonl \\\n'
-        '      --baseline teacher.jsonl\n'
+        '      --second teacher.jsonl\n'
         'each line: {"id": "u1", "text": "hello there"}',
         _score,
     )
     verb.add_argument('--references', required=True, metavar='FILE', help='JSON Lines: id, text')
     verb.add_argument('--hypotheses', required=True, metavar='FILE', help='JSON Lines: id, text')
-    verb.add_argument('--baseline', metavar='FILE', help='a second system, for the paired test')
+    verb.add_argument('--second', metavar='FILE', help='a second system, for a paired test')
     verb.add_argument(
-        '--normaliser', default='english', metavar='NAME', help='text normaliser (default: english)'
+        '--normaliser', default='english', help='of texts: none, basic or english (default)'
+    )
+    verb.add_argument(
+        '--worst', type=int, default=0, metavar='N', help='show the N worst utterances, aligned'
     )
 
 
 def _score(options: argparse.Namespace) -> Any:
-    from bigssl_jax.data.text import normalise_text
+    from bigssl_jax.data.text import check_normaliser, normalise_text
     from bigssl_jax.evaluation.score import score_command
 
-    return score_command(options, lambda text: normalise_text(text, options.normaliser))
+    check_normaliser(options.normaliser)
+    return score_command(
+        options.references,
+        options.hypotheses,
+        second=options.second,
+        normalise=lambda text: normalise_text(text, options.normaliser),
+        worst=options.worst,
+    )
 
 
 def _add_report(verbs: Any) -> None:
@@ -402,7 +455,9 @@ def _add_report(verbs: Any) -> None:
 def _report(options: argparse.Namespace) -> Any:
     from bigssl_jax.evaluation.report import write_report
 
-    return write_report(options.workdir, options.output)
+    page = write_report(options.workdir, options.output)
+    print(f'report: {page}')
+    return {'report': str(page)}
 
 
 def _write_json(result: Any, path: str | None) -> None:

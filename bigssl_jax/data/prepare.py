@@ -27,6 +27,7 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 import shutil
 import time
 from collections import Counter
@@ -105,7 +106,7 @@ def prepare(
     facts = {'entries': total, 'inputs': inputs, 'source': source, 'attribution': attribution}
     info = _complete_corpus(out, inputs, options)
     if info is None or os.path.exists(os.path.join(out, 'parts')):
-        with folder_lock(out):
+        with folder_lock(out), _one_line_for_a_full_disk(out):
             info = _complete_corpus(out, inputs, options)  # another process may just have finished
             if info is None:
                 shards = _shards(entries, out, root, options)
@@ -114,6 +115,17 @@ def prepare(
             shutil.rmtree(os.path.join(out, 'parts'), ignore_errors=True)
     Corpus(out, info).verify()
     return info
+
+
+@contextlib.contextmanager
+def _one_line_for_a_full_disk(out: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f'{error.filename or out}: cannot be written: {error.strerror or error}; mend that and '
+            'run again: finished work is kept'
+        ) from None
 
 
 class _Manifest:
@@ -188,8 +200,8 @@ def _build_all(shards, out, jobs, total, allowed_fraction, show) -> None:
             raise DataError(
                 f'{out}: more than {allowed_fraction:.1%} of {total} utterances cannot be used: '
                 f'{_reasons(bad)}, such as {bad[0]["audio"]}: {bad[0]["detail"]}; see '
-                'quarantine.jsonl there, mend the files or raise max_quarantine_fraction, and run '
-                'again: finished work is kept'
+                'quarantine.jsonl there, mend the files or raise the share that is allowed '
+                '(--max-quarantine), and run again: finished work is kept'
             )
 
     with _progress(total, show) as advance:
@@ -353,7 +365,7 @@ def prepare_command(
 
         entries = entries_from_tfds(tfds, data_dir)
         source, attribution = source or entries.source, attribution or entries.attribution
-    before, began = read_corpus_json(out), time.monotonic()
+    before, began, cpu_began = read_corpus_json(out), time.monotonic(), _cpu_seconds()
     info = prepare(
         entries,
         out,
@@ -376,9 +388,16 @@ def prepare_command(
         'quarantine_reasons': info['quarantine_reasons'],
         'fingerprint': info['fingerprint'],
         'seconds': round(time.monotonic() - began, 2),
+        'cpu_seconds': round(_cpu_seconds() - cpu_began, 2),
     }
     _print_result(result)
     return result
+
+
+def _cpu_seconds() -> float:
+    """Of this process and its finished workers."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(use.ru_utime + use.ru_stime for use in usage)
 
 
 def _print_result(result: dict[str, Any]) -> None:
@@ -386,11 +405,17 @@ def _print_result(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     state = 'was complete: nothing to do' if result['already_complete'] else 'is complete'
-    table = Table(title=f'{result["out"]} {state}', title_justify='left', show_header=False)
+    table = Table(show_header=False)
     reasons = ', '.join(f'{count} {name}' for name, count in result['quarantine_reasons'].items())
     table.add_row('utterances', f'{result["rows"]:,}')
     table.add_row('hours', f'{result["hours"]:,.2f}')
     table.add_row('shards', f'{result["shards"]:,} ({result["bytes"] / 1e9:.2f} GB)')
     table.add_row('left out', f'{result["quarantined"]:,} {reasons and f"({reasons})"}')
-    table.add_row('time', f'{result["seconds"]:,.1f} s')
-    Console().print(table)
+    speed = ''
+    if not result['already_complete']:
+        rate = result['hours'] / max(result['cpu_seconds'], 1e-9)
+        speed = f', {result["cpu_seconds"]:,.1f} core-seconds: {rate:.2f} h per core-second'
+    table.add_row('time', f'{result["seconds"]:,.1f} s{speed}')
+    console = Console()
+    console.print(f'{result["out"]} {state}', markup=False, highlight=False)
+    console.print(table)

@@ -169,7 +169,11 @@ def build_shard(shard: Shard) -> dict[str, Any]:
         with atomic_path(shard.part) as temporary:
             pq.write_table(table.replace_schema_metadata({'totals': json.dumps(totals)}), temporary)
     except OSError as error:
-        raise DataError(f'{shard.file}: cannot be written: {error.strerror or error}') from None
+        reason = error.strerror or error
+        raise DataError(
+            f'{shard.file}: cannot be written: {reason}; mend that and run again: finished work '
+            'is kept'
+        ) from None
     return totals
 
 

@@ -96,9 +96,14 @@ class TfdsEntries:
         return self._length
 
     def __iter__(self) -> Iterator[Entry]:
+        seen: set[str] = set()
         for split in self._splits:
             for number, example in enumerate(self._examples(split)):
-                yield self._entry(example, split, number)
+                entry = self._entry(example, split, number)
+                if entry.id in seen:
+                    raise DataError(f'{self.source}: id {entry.id!r} is used twice; ids are unique')
+                seen.add(entry.id)
+                yield entry
 
     def _examples(self, split: str) -> Iterator[dict[str, Any]]:
         if 'array_record' in str(self._builder.info.file_format.value):

@@ -4,6 +4,8 @@ Corpora live in `data_dir` (default <workdir>/corpora) and are shared by experim
 and the feature statistics belong to the run.
 """
 
+import dataclasses
+import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -56,7 +58,7 @@ def prepare_corpora(context: Context) -> dict[str, Any]:
         if name in missing:
             entries: str | Iterable[Any]
             if fields['manifest']:
-                entries, source = fields['manifest'], f'manifest {fields["manifest"]}'
+                entries, source = _manifest_entries(fields), f'manifest {fields["manifest"]}'
             elif fields['tfds']:
                 from bigssl_jax.data.tfds_entries import entries_from_tfds
 
@@ -75,6 +77,26 @@ def prepare_corpora(context: Context) -> dict[str, Any]:
             'quarantined': corpus.info.get('quarantined', 0),
         }
     return report
+
+
+def _manifest_entries(fields: Mapping[str, Any]) -> Any:
+    """A manifest's path; or its entries, missing splits drawn and test lines seen in training marked."""
+    if not fields['split_by']:
+        return fields['manifest']
+    from bigssl_jax.data.manifest import read_manifest
+    from bigssl_jax.data.open_voices import splits
+
+    folder = pathlib.Path(fields['manifest']).absolute().parent
+    drawn = [
+        dataclasses.replace(
+            entry,
+            audio=str(folder / entry.audio),
+            split=entry.split
+            or splits.split_of('manifest', getattr(entry, fields['split_by']) or entry.id),
+        )
+        for entry in read_manifest(fields['manifest'])
+    ]
+    return list(splits.mark_seen(drawn))
 
 
 def _open_voices(

@@ -18,6 +18,8 @@ import jax
 
 import bigssl_jax
 from bigssl_jax.config import ConfigError, UserError, config_hash, unknown_field
+from bigssl_jax.evaluation.report import write_report
+from bigssl_jax.evaluation.results_table import print_result_table
 from bigssl_jax.parallel import make_mesh
 from bigssl_jax.parallel.startup import cpu_cores, enable_compilation_cache
 from bigssl_jax.stages import artefacts, schema
@@ -68,6 +70,8 @@ def run_recipe(
                 _run_stage(contexts[name] | {'mesh': mesh, 'stop': stop, 'later': later})
     else:
         print(f'all {len(wanted)} stages of {resolved["name"]!r} are done: {", ".join(wanted)}')
+    print_result_table(workdir)
+    print(f'report: {write_report(workdir)}')
     results = {}
     for name in wanted:
         done = artefacts.read_done(workdir / name)
@@ -115,10 +119,13 @@ def _run_stage(given: Mapping[str, Any]) -> None:
     inputs = {} if name == 'prepare' else _inputs(context)
     artefacts.claim(context.directory, context.identity)
     kind = 'prepare' if name == 'prepare' else context.fields['kind']
-    started = time.time()
-    outputs, results = importlib.import_module(f'bigssl_jax.stages.{kind}').run(context)
-    previous = artefacts.read_json(context.directory / 'elapsed.json') or 0.0
-    seconds = previous + time.time() - started
+    before = (artefacts.read_json(context.directory / 'elapsed.json') or {'seconds': 0.0})['seconds']
+    started = time.monotonic()
+    try:
+        outputs, results = importlib.import_module(f'bigssl_jax.stages.{kind}').run(context)
+    finally:
+        seconds = before + time.monotonic() - started
+        artefacts.write_json(context.directory / 'elapsed.json', {'seconds': round(seconds, 1)})
     artefacts.write_json(
         context.directory / 'done.json',
         {

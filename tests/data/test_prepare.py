@@ -215,6 +215,30 @@ def test_an_interrupted_run_over_another_list_leaves_nothing_behind(speech, tmp_
     assert hashes(tmp_path / 'c') == hashes(tmp_path / 'fresh')
 
 
+WITH_A_FULL_DISK = """
+    import resource, sys
+    from bigssl_jax.data.errors import DataError
+    from bigssl_jax.data.prepare import Options, prepare
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+    options = Options(shard_size=4, max_seconds=5.0)
+    try:
+        prepare(sys.argv[1], sys.argv[2], jobs=1, options=options, progress=False)
+    except DataError as error:
+        assert 'cannot be written: File too large' in str(error), error
+        sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize('limit', [2000, 20000])
+def test_a_write_that_fails_is_one_line_and_the_work_continues(speech, tmp_path, limit):
+    # A limit on the size of files stands for a full disk.
+    assert run_script(WITH_A_FULL_DISK, speech, tmp_path / 'c', limit).wait(timeout=60) == 3
+    assert not list((tmp_path / 'c').rglob('*.tmp'))
+    quick(speech, tmp_path / 'c')
+    quick(speech, tmp_path / 'fresh')
+    assert hashes(tmp_path / 'c') == hashes(tmp_path / 'fresh')
+
+
 def test_one_folder_has_one_preparer(speech, tmp_path):
     with folder_lock(str(tmp_path / 'c')):
         with pytest.raises(DataError, match=f'another process is at work.*process {os.getpid()}'):

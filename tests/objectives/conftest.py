@@ -13,6 +13,7 @@ from bigssl_jax.models import ConformerConfig, Encoder
 from bigssl_jax.objectives import EncoderCall
 
 MELS = 16
+FAST_COMPILE = {'xla_backend_optimization_level': 0}  # compiling is all that these tests cost
 SPEC_AUGMENT = SpecAugmentConfig(freq_width=4, time_ratio=0.2)
 
 
@@ -27,7 +28,8 @@ class Bench:
         self.audio = AudioConfig(num_mels=MELS)
         self.encoder = Encoder(self.config)
         features = jnp.zeros((1, 8, MELS))
-        variables = self.encoder.init(jax.random.key(0), features, jnp.ones((1, 8), bool))
+        init = jax.jit(self.encoder.init, compiler_options=FAST_COMPILE)
+        variables = init(jax.random.key(0), features, jnp.ones((1, 8), bool))
         self.encoder_params = nn.unbox(variables['params'])
         self.statistics = {
             'feature_mean': jnp.full((MELS,), 14.0),
@@ -59,7 +61,7 @@ class Bench:
             totals = objective.totals(encode, params['head'], constants, batch, key)
             return totals['loss'], totals
 
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+        return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST_COMPILE)
 
 
 def make_batch(counts=(8000, 6000, 0, 7300), size=8000, max_labels=6, seed=0):

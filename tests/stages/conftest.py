@@ -1,0 +1,148 @@
+"""Tone speech: a made-up language that a model of some thousand parameters learns in seconds.
+
+    letter   a steady tone or a chirp of 120 ms              a  e  i  steady;  o  rises;  u  falls
+    word     2 or 3 letters, then 100 ms of rest
+    speaker  a factor of every frequency, 0.9 to 1.1
+    split    speakers of dev and test do not occur in train; `group` is the "scene"
+
+The recipe over it (`tone_experiment.py`) runs once per test session, in a process of its own, the
+way a user runs it; tests look at what it left behind.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent.parent
+RATE = 16000
+LETTERS = {'a': (400, 400), 'e': (800, 800), 'i': (1600, 1600), 'o': (500, 1500), 'u': (2600, 1000)}
+WORDS = ('ae', 'ia', 'uo', 'oi', 'eu', 'aio', 'uea', 'iou', 'oae', 'eio', 'aua', 'iei')
+SPLITS = {'train': (60, 5), 'dev': (8, 2), 'test': (12, 2)}  # utterances, speakers
+STAGES = ('prepare', 'supervised', 'pretrain', 'teacher', 'labels', 'student', 'evaluate')
+
+
+def tone_speech(text: str, pitch: float, rng: np.random.Generator) -> np.ndarray:
+    """What a speaker of that pitch factor says: float [S] at 16 kHz, quiet noise beneath."""
+    pieces = [np.zeros(int(0.1 * RATE))]
+    for word in text.split():
+        for letter in word:
+            count = int(0.12 * RATE * rng.uniform(0.9, 1.1))
+            low, high = LETTERS[letter]
+            frequency = pitch * np.linspace(low, high, count)
+            fade = np.minimum(1, np.minimum(np.arange(count), np.arange(count)[::-1]) / 160)
+            pieces.append(0.3 * fade * np.sin(2 * np.pi * np.cumsum(frequency) / RATE))
+        pieces.append(np.zeros(int(0.1 * RATE)))
+    sound = np.concatenate(pieces)
+    return sound + 0.003 * rng.standard_normal(sound.size)
+
+
+def write_corpus(folder: pathlib.Path) -> pathlib.Path:
+    """Writes 80 wav files and their manifest; returns the manifest."""
+    rng = np.random.default_rng(0)
+    (folder / 'wav').mkdir(parents=True)
+    lines = []
+    for split, (count, speakers) in SPLITS.items():
+        for number in range(count):
+            speaker = number % speakers
+            pitch = 0.9 + 0.2 * (speaker + 0.5) / speakers
+            text = ' '.join(rng.choice(WORDS, rng.integers(3, 5)))
+            name = f'{split}-{number:02d}'
+            path = folder / 'wav' / f'{name}.wav'
+            soundfile.write(path, tone_speech(text, pitch, rng), RATE, subtype='PCM_16')
+            lines.append(
+                {
+                    'id': name,
+                    'audio': f'wav/{name}.wav',
+                    'text': text,
+                    'speaker': f'{split}-{speaker}',
+                    'group': f'scene-{number // 4}',
+                    'split': split,
+                }
+            )
+    manifest = folder / 'manifest.jsonl'
+    manifest.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    return manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The tone experiment as a command, and a place for workdirs."""
+
+    manifest: pathlib.Path
+    cache: pathlib.Path
+
+    def command(self, workdir: pathlib.Path, *words: str, config: str | None = None) -> list[str]:
+        """The words of `bigssl run` on this experiment."""
+        config = config or f'{HERE / "tone_experiment.py"}:{self.manifest}'
+        return [sys.executable, '-m', 'bigssl_jax', 'run',
+                '--config', config, '--workdir', str(workdir), *words]  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        """Two devices, and one compilation cache for all runs of the session."""
+        return {
+            **os.environ,
+            'JAX_COMPILATION_CACHE_DIR': str(self.cache),
+            'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+        }
+
+    def start(self, workdir: pathlib.Path, *words: str, **given: str) -> subprocess.Popen:
+        """Starts `bigssl run`; output goes to pipes as text."""
+        return subprocess.Popen(
+            self.command(workdir, *words, **given),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=self.environment(),
+        )
+
+    def run(
+        self, workdir: pathlib.Path, *words: str, **given: str
+    ) -> subprocess.CompletedProcess:
+        """Runs `bigssl run` to its end."""
+        process = self.start(workdir, *words, **given)
+        try:
+            out, err = process.communicate(timeout=280)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def done_files(workdir: pathlib.Path) -> dict[str, dict]:
+    """Every finished stage's done.json."""
+    return {p.parent.name: json.loads(p.read_text()) for p in sorted(workdir.glob('*/done.json'))}
+
+
+@pytest.fixture(scope='session')
+def recipe(tmp_path_factory) -> Recipe:
+    """The tone experiment over a corpus written for this session."""
+    folder = tmp_path_factory.mktemp('tones')
+    cache = tmp_path_factory.mktemp('compilation_cache')
+    return Recipe(write_corpus(folder / 'corpus'), cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A run that nothing interrupted: its workdir, what it printed, its done.json files."""
+
+    workdir: pathlib.Path
+    out: str
+    err: str
+    done: dict[str, dict]
+
+
+@pytest.fixture(scope='session')
+def finished(recipe, tmp_path_factory) -> Finished:
+    """The whole recipe, run once in a process of its own."""
+    workdir = tmp_path_factory.mktemp('runs') / 'unbroken'
+    ended = recipe.run(workdir)
+    assert ended.returncode == 0, ended.stderr
+    return Finished(workdir, ended.stdout, ended.stderr, done_files(workdir))
