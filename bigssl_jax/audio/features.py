@@ -156,9 +156,7 @@ def _frames(waveform: jax.Array, num_frames: int, window: int, hop: int) -> jax.
     missing = max(chunks * hop - waveform.shape[1], 0)
     padded = jnp.pad(waveform, ((0, 0), (0, missing)))[:, : chunks * hop]
     grid = padded.reshape(waveform.shape[0], chunks, hop)
-    parts = [
-        grid[:, i : i + num_frames, : min(hop, window - i * hop)] for i in range(per_window)
-    ]
+    parts = [grid[:, i : i + num_frames, : min(hop, window - i * hop)] for i in range(per_window)]
     return jnp.concatenate(parts, axis=-1)
 
 

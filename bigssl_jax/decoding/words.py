@@ -67,9 +67,7 @@ def words(
 
     def close() -> None:
         if parts:
-            confidence = sum(part[3] for part in parts) / len(parts)
-            text = ''.join(part[0] for part in parts)
-            done.append(Word(text, parts[0][1], parts[-1][2], confidence))
+            done.append(_join(parts))
             parts.clear()
 
     for token, start, end, confidence in zip(tokens, starts, ends, confidences, strict=True):
@@ -105,6 +103,12 @@ def words_of(result: Any, row: int, pieces: Sequence[str], **options: Any) -> li
         pieces,
         **options,
     )
+
+
+def _join(parts: list[tuple[str, float, float, float]]) -> Word:
+    """One word of its tokens' (text, start, end, confidence)."""
+    confidence = sum(part[3] for part in parts) / len(parts)
+    return Word(''.join(part[0] for part in parts), parts[0][1], parts[-1][2], confidence)
 
 
 def _split(piece: str) -> list[str]:

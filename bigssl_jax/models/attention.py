@@ -25,7 +25,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bigssl_jax.models.config import ConformerConfig
-from bigssl_jax.models.layers import RESIDUAL, Dense, Dropout, LayerNorm, named, zero_padding
+from bigssl_jax.models.layers import (
+    RESIDUAL,
+    Dense,
+    Dropout,
+    LayerNorm,
+    named,
+    product_float32,
+    zero_padding,
+)
 from bigssl_jax.parallel import constrain
 
 HEADS = ('batch', 'time', 'heads', 'head_dim')
@@ -67,7 +75,7 @@ def attend(
     Returns:
         [B, T, H, K] in the dtype of `value`; scores and softmax are float32.
     """
-    scores = jnp.einsum('bthk,bshk->bhts', query, key, preferred_element_type=jnp.float32)
+    scores = product_float32('bthk,bshk->bhts', query, key)
     if bias is not None:
         scores = scores + bias
     scores = jnp.where(mask[:, None, None, :], scores, MASKED_SCORE)
@@ -103,16 +111,15 @@ class SelfAttention(nn.Module):
         value = constrain(project('value', h), HEADS)
         bias = None
         if config.relative_attention:
+            if distances is None:
+                raise ValueError('relative attention needs `distances`: distance_sinusoid(T, D)')
             # Zero at the start: attention begins as if positions did not matter.
             zeros = named(nn.initializers.zeros, 'heads', 'head_dim')
             scale = config.head_dim**-0.5
             content = self.param('content_bias', zeros, heads).astype(dtype) * scale
             position = self.param('position_bias', zeros, heads).astype(dtype) * scale
             projected = project('distance', distances[None], use_bias=False)[0]
-            by_distance = jnp.einsum(
-                'bthk,phk->bhtp', query + position, projected,
-                preferred_element_type=jnp.float32,
-            )
+            by_distance = product_float32('bthk,phk->bhtp', query + position, projected)
             bias = relative_shift(by_distance)
             query = query + content
         h = constrain(attend(query, key, value, mask, bias), HEADS)

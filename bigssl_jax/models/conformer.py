@@ -103,9 +103,7 @@ class Encoder(nn.Module):
         """features [B, T, F], mask [B, T] -> e [B, T4, D] in the compute dtype, mask [B, T4]."""
         return self.subsampling(features, mask)
 
-    def context(
-        self, e: jax.Array, mask4: jax.Array, deterministic: bool = True
-    ) -> jax.Array:
+    def context(self, e: jax.Array, mask4: jax.Array, deterministic: bool = True) -> jax.Array:
         """e [B, T4, D], mask4 [B, T4] -> frames float32 [B, T4, D], zero where padded."""
         config = self.config
         dtype = jnp.dtype(config.dtype)

@@ -24,8 +24,15 @@ from bigssl_jax.parallel import constrain
 
 
 def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """y_t = sum_j kernel_j * x_{t + j - (k-1)//2}, zero outside; x [B, T, D], kernel [k, D]."""
-    size, frames = kernel.shape[0], x.shape[1]
+    """y_t = sum_j kernel_j * x_{t + j - (k-1)//2}, zero outside; x [B, T, D], kernel [k, D].
+
+    Sums are float32, and so is the result.
+
+    k shifted multiply-adds, not `lax.conv_general_dilated` with one group per channel: XLA:CPU
+    runs that one 75 times slower forward and 9 times slower with gradients (8 x 100 x 144, k = 15:
+    5.3 against 0.07 ms, 7.9 against 0.9 ms), and accelerators fuse the sum into one pass.
+    """
+    size, frames, x = kernel.shape[0], x.shape[1], x.astype(jnp.float32)
     padded = jnp.pad(x, ((0, 0), ((size - 1) // 2, size // 2), (0, 0)))
     total = padded[:, :frames] * kernel[0]
     for j in range(1, size):
@@ -51,7 +58,7 @@ class Convolution(nn.Module):
         # Fan-in is k for every channel.
         init = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform', in_axis=0, out_axis=())
         kernel = self.param('depthwise', named(init, 'kernel', 'mlp'), (config.kernel_size, size))
-        h = depthwise(h, kernel.astype(dtype))
+        h = depthwise(h, kernel)
         h = nn.swish(LayerNorm(axis='mlp', dtype=dtype, name='depthwise_norm')(h))
         h = Dense((size,), ('mlp', 'embed'), dtype, name='project')(h)
         return Dropout(config.dropout, name='dropout')(constrain(h, RESIDUAL), deterministic)

@@ -27,7 +27,8 @@ def configure_platform(host_devices: int | None = None) -> None:
         count = host_devices or cpu_cores()
         flags = f'{flags} --xla_force_host_platform_device_count={count}'
         os.environ['XLA_FLAGS'] = flags.strip()
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
     os.environ.setdefault('GRPC_VERBOSITY', 'ERROR')
 
 

@@ -118,7 +118,7 @@ def _open_voices(
     from bigssl_jax.data.open_voices import entries
 
     cache = context.corpus_directory('open_voices_cache')
-    sets = [name for fields in wanted.values() for name in fields['open_voices']]
+    sets = list(dict.fromkeys(s for fields in wanted.values() for s in fields['open_voices']))
     deb_dir = next((fields['deb_dir'] for fields in wanted.values() if fields['deb_dir']), None)
     try:
         found = list(entries(sets, cache, deb_dir=deb_dir, jobs=cpu_cores()))
@@ -128,7 +128,12 @@ def _open_voices(
         print(f'{error}\nfalling back to SYNTHETIC speech; results will say so', flush=True)
         return _synthetic(context, wanted), True
     by_corpus = {
-        name: [e for e in found if e.id.split('/')[0] in fields['open_voices']]
+        name: [
+            entry
+            for entry in found
+            if entry.id.split('/')[0] in fields['open_voices']
+            and (not fields['speakers'] or entry.speaker in fields['speakers'])
+        ]
         for name, fields in wanted.items()
     }
     return by_corpus, False

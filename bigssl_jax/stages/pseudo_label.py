@@ -38,8 +38,8 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     key = {
         'teacher': teacher.hash,
         'decoder': DECODER,
-        'config': config_hash({'pass': config, 'parts': num_parts}),
-        'corpus': whole.sources[0].corpus.fingerprint,
+        # What is heard, not where it lies: a moved workdir keeps its labels.
+        'config': config_hash({'selection': whole.sources[0].identity, 'parts': num_parts}),
     }
     writer = LabelWriter(context.directory / 'labels', key, num_parts)
     started, heard = time.monotonic(), 0.0

@@ -16,10 +16,10 @@ from typing import Any
 from bigssl_jax.audio import AudioConfig, NoiseConfig, SpecAugmentConfig, SpeedConfig
 from bigssl_jax.config import ConfigError, choose, config_hash, merge, to_dict, unknown_field
 from bigssl_jax.models.presets import NAMES, conformer
-from bigssl_jax.objectives import CTC, BestRQ
+from bigssl_jax.objectives import CTC, BestRQ, Wav2Vec2
 from bigssl_jax.training.optimizers import GROUP_DEFAULTS
 
-OBJECTIVES: dict[str, Any] = {'best_rq': BestRQ, 'ctc': CTC}
+OBJECTIVES: dict[str, Any] = {'best_rq': BestRQ, 'wav2vec2': Wav2Vec2, 'ctc': CTC}
 # Fields of an objective that follow from the rest of the experiment.
 DERIVED = ('name', 'vocabulary_size', 'num_mels')
 
@@ -58,6 +58,8 @@ CORPUS: dict[str, Any] = {
     'split_by': '',
     'tfds': '',
     'open_voices': (),
+    # Only these speakers of the open_voices sets; () is all.
+    'speakers': (),
     # Speech synthesised when open_voices cannot be had; hours of it, 0: never.
     'fallback_synthetic_hours': 0.0,
     # Folder with the .deb files of open_voices, for systems without apt.

@@ -20,7 +20,7 @@ PARAMETERS = [
 
 
 def signal() -> np.ndarray:
-    """int16 [6000]: a gliding voiced tone with formants, noise, a click, near silence, an offset."""
+    """int16 [6000]: a gliding tone with formants, noise, a click, near silence, an offset."""
     rng = np.random.default_rng(20)
     time = np.arange(6000) / 16000
     pitch = 2 * np.pi * np.cumsum(110 + 60 * np.sin(5 * time)) / 16000

@@ -76,7 +76,9 @@ def test_time_masks_stay_inside_short_utterances_and_padding_is_untouched():
     features = jnp.where(mask[..., None], 1.0, jnp.nan)
     out = np.asarray(
         audio.spec_augment(
-            jnp.broadcast_to(features, (6, 400, 8)), mask, keys(6),
+            jnp.broadcast_to(features, (6, 400, 8)),
+            mask,
+            keys(6),
             audio.SpecAugmentConfig(freq_masks=0, time_masks=50),
         )
     )
@@ -92,17 +94,13 @@ def test_what_happens_to_a_row_depends_on_its_key_alone():
     features = jnp.asarray(rng.normal(size=(6, 300, 80)), jnp.float32)
     mask = jnp.arange(300) < jnp.array([300, 40, 200, 0, 150, 299])[:, None]
     rows = jnp.array([7, 3, 11, 2, 9, 1000])
-    whole = audio.spec_augment(
-        features, mask, audio.row_keys(jax.random.key(5), rows), config
-    )
+    whole = audio.spec_augment(features, mask, audio.row_keys(jax.random.key(5), rows), config)
     some = np.array([4, 0])
     part = audio.spec_augment(
         features[some], mask[some], audio.row_keys(jax.random.key(5), rows[some]), config
     )
     np.testing.assert_array_equal(part, whole[some])
-    other = audio.spec_augment(
-        features, mask, audio.row_keys(jax.random.key(6), rows), config
-    )
+    other = audio.spec_augment(features, mask, audio.row_keys(jax.random.key(6), rows), config)
     assert (np.asarray(other) != np.asarray(whole)).any(axis=(1, 2))[[0, 1, 2, 4, 5]].all()
 
 
@@ -118,7 +116,9 @@ def test_speed_changes_pitch_and_length_as_stated():
     wave = np.where(np.arange(size) < count, 8000 * np.sin(2 * np.pi * 440 * time), np.nan)
     for percent in (90, 100, 110):
         out, counts = audio.speed_perturb(
-            jnp.asarray(wave[None], jnp.float32), jnp.array([count]), keys(1),
+            jnp.asarray(wave[None], jnp.float32),
+            jnp.array([count]),
+            keys(1),
             audio.SpeedConfig(percents=(percent,)),
         )
         new = int(counts[0])
@@ -142,7 +142,9 @@ def test_speeding_up_does_not_alias():
     size = 16000
     wave = 8000 * np.sin(2 * np.pi * 7600 / 16000 * np.arange(size))  # 8360 Hz at 110 %
     out, counts = audio.speed_perturb(
-        jnp.asarray(wave[None], jnp.float32), jnp.array([size]), keys(1),
+        jnp.asarray(wave[None], jnp.float32),
+        jnp.array([size]),
+        keys(1),
         audio.SpeedConfig(percents=(110,), half_taps=48),
     )
     assert np.abs(out[0, 100 : int(counts[0]) - 100]).max() < 8000 * 0.35
@@ -176,8 +178,12 @@ def test_noise_has_the_stated_ratio_and_probability():
 
 
 def test_noise_on_silence_is_silence():
-    out = audio.add_noise(np.zeros((3, 50), np.int16), np.array([50, 0, 9]), keys(3),
-                          audio.NoiseConfig(probability=1.0))
+    out = audio.add_noise(
+        np.zeros((3, 50), np.int16),
+        np.array([50, 0, 9]),
+        keys(3),
+        audio.NoiseConfig(probability=1.0),
+    )
     assert not np.asarray(out).any()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ def test_usm_presets_are_near_their_labels():
 
 def test_subsampled_counts_and_shapes_are_the_ceiling_of_the_ceiling():
     for frames in range(1, 30):
-        expected = -(-(-(-frames // 2)) // 2)
+        expected = math.ceil(math.ceil(frames / 2) / 2)
         assert subsampled_count(frames) == expected
         assert int(subsampled_count(jnp.int32(frames))) == expected
     np.testing.assert_array_equal(subsampled_count(np.array([0, 1, 4, 5])), [0, 1, 1, 2])
@@ -202,14 +203,22 @@ def test_initial_parameters_are_the_same_under_jit_and_differ_per_layer():
 def test_initial_scales_are_as_documented():
     """Glorot uniform over whole fans, and activations of order one through a deep stack."""
     config = ConformerConfig(
-        num_layers=2, model_dim=64, num_heads=4, dropout=0.0, num_mels=8,
-        subsampling_channels=(3, 4), relative_attention=True,
+        num_layers=2,
+        model_dim=64,
+        num_heads=4,
+        dropout=0.0,
+        num_mels=8,
+        subsampling_channels=(3, 4),
+        relative_attention=True,
     )
     tree = parameters(config)['params']['blocks']
     for path, fans in {
-        ('ffn_in', 'expand'): (64, 256), ('ffn_out', 'project'): (256, 64),
-        ('attention', 'query'): (64, 64), ('attention', 'output'): (64, 64),
-        ('convolution', 'expand'): (64, 128), ('convolution', 'project'): (64, 64),
+        ('ffn_in', 'expand'): (64, 256),
+        ('ffn_out', 'project'): (256, 64),
+        ('attention', 'query'): (64, 64),
+        ('attention', 'output'): (64, 64),
+        ('convolution', 'expand'): (64, 128),
+        ('convolution', 'project'): (64, 64),
     }.items():
         kernel = np.asarray(tree[path[0]][path[1]]['kernel'])
         limit = np.sqrt(6 / sum(fans))
@@ -256,11 +265,10 @@ def test_no_float32_product_in_the_program_of_a_bfloat16_encoder():
                 if hasattr(inner, 'eqns'):
                     yield from operands(inner)
 
-    forward = set(operands(jax.make_jaxpr(loss)(params).jaxpr))
-    assert forward == {('bfloat16', 'bfloat16')}
-    # Backward, the cotangent of the float32 scores is the one float32 operand.
-    backward = list(operands(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
-    assert ('bfloat16', 'bfloat16') in backward
+    forward = list(operands(jax.make_jaxpr(loss)(params).jaxpr))
+    both = list(operands(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
+    assert len(forward) > 10 and len(both) > 2 * len(forward)
+    assert set(forward) == set(both) == {('bfloat16', 'bfloat16')}
 
 
 def test_dropout_keeps_the_stated_share_and_the_mean():
@@ -305,7 +313,16 @@ def test_parameters_carry_the_promised_logical_axes():
     assert all(isinstance(leaf, nn.LogicallyPartitioned) for leaf in boxed)
     names = {name for leaf in boxed for name in leaf.names}
     assert names <= {
-        'embed', 'mlp', 'heads', 'head_dim', 'kernel', 'channel', 'mel', 'vocab', 'layer', None
+        'embed',
+        'mlp',
+        'heads',
+        'head_dim',
+        'kernel',
+        'channel',
+        'mel',
+        'vocab',
+        'layer',
+        None,
     }
     assert all(len(leaf.names) == leaf.value.ndim for leaf in boxed)
     blocks = jax.tree.leaves(

@@ -16,7 +16,7 @@ from bigssl_jax.models.attention import (
     sinusoid,
 )
 from bigssl_jax.models.convolution import depthwise
-from bigssl_jax.models.layers import layer_norm
+from bigssl_jax.models.layers import layer_norm, product_float32
 from bigssl_jax.models.subsampling import strided_convolution
 
 RNG = np.random.default_rng(5)
@@ -58,13 +58,12 @@ def test_attend_without_a_real_key_is_finite():
 @pytest.mark.parametrize('frames', [1, 2, 3, 7])
 def test_relative_shift_picks_distance_t_minus_s(frames):
     distances = np.arange(frames - 1, -frames, -1.0)
-    scores = np.broadcast_to(distances, (2, frames, len(distances))) + 100 * np.arange(frames)[
-        None, :, None
-    ]
-    shifted = relative_shift(jnp.asarray(scores))
-    expected = np.array(
-        [[t - s + 100 * t for s in range(frames)] for t in range(frames)], float
+    scores = (
+        np.broadcast_to(distances, (2, frames, len(distances)))
+        + 100 * np.arange(frames)[None, :, None]
     )
+    shifted = relative_shift(jnp.asarray(scores))
+    expected = np.array([[t - s + 100 * t for s in range(frames)] for t in range(frames)], float)
     np.testing.assert_array_equal(shifted, np.broadcast_to(expected, (2, frames, frames)))
 
 
@@ -72,7 +71,8 @@ def test_sinusoids_have_the_stated_wavelengths():
     table = np.asarray(sinusoid(jnp.arange(50), 8))
     rates = 10000.0 ** (-np.arange(4) / 3)
     angles = np.arange(50)[:, None] * rates
-    np.testing.assert_allclose(table, np.concatenate([np.sin(angles), np.cos(angles)], 1), atol=1e-5)
+    expected = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    np.testing.assert_allclose(table, expected, atol=1e-5)
     by_distance = np.asarray(distance_sinusoid(3, 8))
     np.testing.assert_allclose(by_distance[2], sinusoid(jnp.array([0]), 8)[0], atol=1e-6)
     np.testing.assert_allclose(by_distance[0], table[2], atol=1e-6)
@@ -164,6 +164,19 @@ def test_strided_convolution_and_its_gradients_equal_a_loop(frames, mels, channe
     gradients = vjp(jnp.asarray(weights, jnp.float32))
     np.testing.assert_allclose(gradients[0], x_gradient, atol=1e-5)
     np.testing.assert_allclose(gradients[1], k_gradient, atol=1e-4)
+
+
+@pytest.mark.parametrize('spec', ['bthk,bshk->bhts', 'bthk,phk->bhtp'])
+def test_product_float32_and_its_gradients_equal_einsum(spec):
+    a = jnp.asarray(RNG.normal(size=(2, 5, 3, 4)), jnp.float32)
+    b = a[:, ::-1] if 'bshk' in spec else jnp.asarray(RNG.normal(size=(9, 3, 4)), jnp.float32)
+    out, vjp = jax.vjp(lambda a, b: product_float32(spec, a, b), a, b)
+    expected, expected_vjp = jax.vjp(lambda a, b: jnp.einsum(spec, a, b), a, b)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    for x, y in zip(vjp(jnp.cos(out)), expected_vjp(jnp.cos(out)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    low = product_float32(spec, a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
+    assert low.dtype == jnp.float32
 
 
 def test_layer_norm_equals_its_definition_and_finite_differences():

@@ -22,8 +22,13 @@ COUNTS = np.array([22, 9, 0, 13])
 
 def config(**overrides):
     fields = dict(
-        num_layers=2, model_dim=16, num_heads=2, kernel_size=5, dropout=0.0,
-        subsampling_channels=(3, 4), num_mels=8,
+        num_layers=2,
+        model_dim=16,
+        num_heads=2,
+        kernel_size=5,
+        dropout=0.0,
+        subsampling_channels=(3, 4),
+        num_mels=8,
     )
     return ConformerConfig(**{**fields, **overrides})
 
@@ -44,19 +49,26 @@ def _call_encoder(c, m, x, mask):
 LAYERS = {
     'feed_forward': (FeedForward, lambda c, m, x, k: m(x, k, True), 1, (0, 0)),
     'attention': (
-        SelfAttention, lambda c, m, x, k: m(x, k, _distances(c, x.shape[1]), True), 1, None
+        SelfAttention,
+        lambda c, m, x, k: m(x, k, _distances(c, x.shape[1]), True),
+        1,
+        None,
     ),
     'convolution': (Convolution, lambda c, m, x, k: m(x, k, True), 1, (2, 2)),
     'block': (
-        ConformerBlock, lambda c, m, x, k: m(x, k, _distances(c, x.shape[1]), True)[0], 1, None
+        ConformerBlock,
+        lambda c, m, x, k: m(x, k, _distances(c, x.shape[1]), True)[0],
+        1,
+        None,
     ),
     'subsampler': (Subsampler, _call_subsampler, 4, (3, 3)),
     'encoder': (Encoder, _call_encoder, 4, None),
 }
-CASES = [(name, {}) for name in LAYERS] + [
-    (name, {'relative_attention': True}) for name in ('attention', 'block', 'encoder')
-] + [('convolution', {'kernel_size': 4}), ('encoder', {'dtype': 'bfloat16'})] + [
-    ('encoder', {'remat': remat}) for remat in ('dots', 'block', 'full')
+CASES = [
+    *((name, {}) for name in LAYERS),
+    *((name, {'relative_attention': True}) for name in ('attention', 'block', 'encoder')),
+    ('convolution', {'kernel_size': 4}),
+    ('encoder', {'dtype': 'bfloat16', 'remat': 'full'}),
 ]
 
 
@@ -75,7 +87,8 @@ class Layer:
         method = lambda m, x, mask: call(self.config, m, x, mask)  # noqa: E731
         shapes = jax.eval_shape(
             lambda x, mask: self.module.init(jax.random.key(0), x, mask, method=method),
-            self.x, self.mask,
+            self.x,
+            self.mask,
         )
         leaves, tree = jax.tree.flatten(nn.unbox(shapes))
         # Biases and norms start at 0 and 1, which would hide a leak: everything is random here.
@@ -101,7 +114,11 @@ class Layer:
         return [np.asarray(row[:n], np.float32) for row, n in zip(y, self.out_counts, strict=True)]
 
 
-@pytest.fixture(scope='module', params=CASES, ids=lambda c: '-'.join([c[0], *map(str, c[1].values())]))
+def _name(case):
+    return '-'.join([case[0], *map(str, case[1].values())])
+
+
+@pytest.fixture(scope='module', params=CASES, ids=_name)
 def layer(request):
     return Layer(*request.param)
 

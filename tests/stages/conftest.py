@@ -1,6 +1,6 @@
 """Tone speech: a made-up language that a model of some thousand parameters learns in seconds.
 
-    letter   a steady tone or a chirp of 120 ms              a  e  i  steady;  o  rises;  u  falls
+    letter   120 ms of a tone with overtones   a e i steady, o rises, u falls
     word     2 or 3 letters, then 100 ms of rest
     speaker  a factor of every frequency, 0.9 to 1.1
     split    speakers of dev and test do not occur in train; `group` is the "scene"
@@ -25,8 +25,7 @@ ROOT = HERE.parent.parent
 RATE = 16000
 LETTERS = {'a': (400, 400), 'e': (800, 800), 'i': (1600, 1600), 'o': (500, 1500), 'u': (2600, 1000)}
 WORDS = ('ae', 'ia', 'uo', 'oi', 'eu', 'aio', 'uea', 'iou', 'oae', 'eio', 'aua', 'iei')
-SPLITS = {'train': (60, 5), 'dev': (8, 2), 'test': (12, 2)}  # utterances, speakers
-STAGES = ('prepare', 'supervised', 'pretrain', 'teacher', 'labels', 'student', 'evaluate')
+SPLITS = {'train': (140, 5), 'dev': (8, 2), 'test': (12, 2)}  # utterances, speakers
 
 
 def tone_speech(text: str, pitch: float, rng: np.random.Generator) -> np.ndarray:
@@ -38,10 +37,15 @@ def tone_speech(text: str, pitch: float, rng: np.random.Generator) -> np.ndarray
             low, high = LETTERS[letter]
             frequency = pitch * np.linspace(low, high, count)
             fade = np.minimum(1, np.minimum(np.arange(count), np.arange(count)[::-1]) / 160)
-            pieces.append(0.3 * fade * np.sin(2 * np.pi * np.cumsum(frequency) / RATE))
+            phase = 2 * np.pi * np.cumsum(frequency) / RATE
+            overtones = np.arange(1, 7600 // frequency.max() + 1)[:, None]
+            pieces.append(0.2 * fade * np.sum(np.sin(overtones * phase) / overtones, axis=0))
         pieces.append(np.zeros(int(0.1 * RATE)))
     sound = np.concatenate(pieces)
-    return sound + 0.003 * rng.standard_normal(sound.size)
+    # Rest up to one of two lengths: few shapes, so few programs to compile.
+    length = int((1.7 if len(text.split()) == 3 else 2.2) * RATE)
+    sound = np.concatenate([sound, np.zeros(length - sound.size)])
+    return sound + 0.003 * rng.standard_normal(length)
 
 
 def write_corpus(folder: pathlib.Path) -> pathlib.Path:
@@ -86,7 +90,7 @@ class Recipe:
                 '--config', config, '--workdir', str(workdir), *words]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
-        """Two devices, and one compilation cache for all runs of the session."""
+        """Two devices, and one compilation cache for all runs."""
         return {
             **os.environ,
             'JAX_COMPILATION_CACHE_DIR': str(self.cache),
@@ -124,9 +128,8 @@ def done_files(workdir: pathlib.Path) -> dict[str, dict]:
 @pytest.fixture(scope='session')
 def recipe(tmp_path_factory) -> Recipe:
     """The tone experiment over a corpus written for this session."""
-    folder = tmp_path_factory.mktemp('tones')
-    cache = tmp_path_factory.mktemp('compilation_cache')
-    return Recipe(write_corpus(folder / 'corpus'), cache)
+    manifest = write_corpus(tmp_path_factory.mktemp('tones') / 'corpus')
+    return Recipe(manifest, pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR']) / 'tones')
 
 
 @dataclasses.dataclass(frozen=True)

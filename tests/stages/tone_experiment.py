@@ -14,7 +14,7 @@ def get_config(manifest: str) -> ml_collections.ConfigDict:
     config.corpora = {'tones': {'manifest': manifest}}
     train = {'corpus': 'tones', 'splits': ('train',)}
     config.selections = {
-        'labelled': {**train, 'with_text': True, 'hours': 0.01},
+        'labelled': {**train, 'with_text': True, 'hours': 0.04},
         'rest': {**train, 'exclude': ('labelled',)},
         'unlabelled': train,
         'dev': {'corpus': 'tones', 'splits': ('dev',), 'with_text': True},
@@ -74,7 +74,7 @@ def pretrain(steps: int) -> dict:
         'steps': steps,
         'objectives': {'best_rq': {'objective': 'best_rq', 'stream': 'all', 'codebook_size': 64}},
         'streams': {'all': {'sources': {'all': {'selection': 'unlabelled'}}, **STREAM}},
-        **schedule(steps),
+        **schedule(steps, 2e-3),
     }
 
 
@@ -95,9 +95,9 @@ def finetune(steps: int, sources: dict, init_from: str = '', eval_every: int = 0
 STREAM = {'batch_seconds': 20.0, 'num_buckets': 1, 'max_seconds': 4.0}
 
 
-def schedule(steps: int) -> dict:
+def schedule(steps: int, peak: float = 8e-3) -> dict:
     """A short, steep run that saves often enough to be killed between two checkpoints."""
-    group = {'peak': 8e-3, 'warmup': steps // 8, 'schedule': 'cosine'}
+    group = {'peak': peak, 'warmup': steps // 8, 'schedule': 'cosine'}
     return {
         'optimizer': {'groups': {'all': group}, 'ema_decay': 0.9},
         'log_every': 20,
