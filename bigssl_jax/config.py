@@ -5,7 +5,7 @@ An experiment is a plain `ml_collections.ConfigDict`, returned by `get_config(ar
 will run: every field that the file leaves out takes its default from `schema.py`'s tables, every
 field that no table knows stops the run before any work and names the nearest valid one.
 
-    experiment file  --get_config(arg)-->  ConfigDict  --overrides-->  --resolve-->  frozen ConfigDict
+    experiment file  --get_config(arg)-->  ConfigDict  --overrides-->  --resolve-->  plain dicts
 """
 
 import difflib
@@ -36,7 +36,9 @@ def load(path_and_argument: str) -> ml_collections.ConfigDict:
     path_text, _, argument = path_and_argument.partition(':')
     path = pathlib.Path(path_text)
     if not path.is_file():
-        raise ConfigError(f'--config: no file {path_text!r}; give a Python file with get_config(arg)')
+        raise ConfigError(
+            f'--config: no file {path_text!r}; give a Python file with get_config(arg)'
+        )
     spec = importlib.util.spec_from_file_location(f'experiment_{path.stem}', path)
     if spec is None or spec.loader is None:
         raise ConfigError(f'--config: {path_text!r} is not a Python file (.py)')

@@ -36,7 +36,7 @@ def get_config(manifest: str = '') -> ml_collections.ConfigDict:
     config.name = 'quickstart'
     config.seed = 0
     config.encoder = {'preset': 'tiny', 'dropout': 0.1}
-    config.compute = {'expected_speed': 80.0}
+    config.compute = {'expected_speed': 180.0}
     if manifest:
         config.corpora = {'speech': {'manifest': manifest, 'split_by': 'speaker'}}
         config.selections = selections('speech', 'speech', {})
@@ -60,9 +60,9 @@ def get_config(manifest: str = '') -> ml_collections.ConfigDict:
     labelled = {'selection': 'labelled', 'labels': 'text'}
     pseudo = {'selection': 'rest', 'labels': 'labels', 'filter': FILTER}
     config.stages = {
-        'supervised': finetune(1500, {'labelled': labelled}),
-        'pretrain': pretrain(2000),
-        'teacher': finetune(1000, {'labelled': labelled}, init_from='pretrain'),
+        'supervised': finetune(2200, {'labelled': labelled}),
+        'pretrain': pretrain(4500),
+        'teacher': finetune(1800, {'labelled': labelled}, init_from='pretrain'),
         'labels': {
             'kind': 'pseudo_label',
             'teacher': 'teacher',
@@ -70,7 +70,7 @@ def get_config(manifest: str = '') -> ml_collections.ConfigDict:
             'filter': FILTER,
         },
         'student': finetune(
-            1500,
+            3000,
             {'labelled': {**labelled, 'weight': 1.0}, 'pseudo': {**pseudo, 'weight': 1.0}},
             init_from='pretrain',
         ),

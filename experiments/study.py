@@ -1,4 +1,4 @@
-"""The quickstart's loop with more of everything: speech, model, steps.  One to two hours on two cores.
+"""The quickstart's loop with more speech, a larger model and more steps: hours on two cores.
 
     bigssl run --config experiments/study.py --workdir runs/study
 

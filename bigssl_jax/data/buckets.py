@@ -40,8 +40,9 @@ def encoder_frames(sample_counts: np.ndarray) -> np.ndarray:
     return -(-windows // 4)
 
 
-def length_histogram(blocks: np.ndarray | Iterable[np.ndarray], longest: int | None = None,
-                     weight: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def length_histogram(
+    blocks: np.ndarray | Iterable[np.ndarray], longest: int | None = None, weight: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Histogram of lengths with upper edges: (edges int64 [N] in samples, counts float64 [N]).
 
     Bin i holds lengths in (edges[i - 1], edges[i]]; bins are the least multiple of 80 ms wide that
@@ -112,8 +113,12 @@ def bucket_of(sample_counts: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     return np.searchsorted(bounds, sample_counts, side='left').astype(np.int8)
 
 
-def batch_sizes(bounds: Sequence[int] | np.ndarray, batch_seconds: float, multiple_of: int = 1,
-                max_batch: int | None = None) -> list[int]:
+def batch_sizes(
+    bounds: Sequence[int] | np.ndarray,
+    batch_seconds: float,
+    multiple_of: int = 1,
+    max_batch: int | None = None,
+) -> list[int]:
     """Utterances per batch for each bucket, so that every batch holds about `batch_seconds`.
 
     Args:
@@ -136,7 +141,8 @@ def batch_sizes(bounds: Sequence[int] | np.ndarray, batch_seconds: float, multip
             raise DataError(
                 f'batch_seconds={batch_seconds:g} does not hold {multiple_of} utterance(s) of'
                 f' {seconds:.2f} s: raise batch_seconds to {seconds * multiple_of:.2f} or lower'
-                ' max_seconds')
+                ' max_seconds'
+            )
         sizes.append(size)
     return sizes
 

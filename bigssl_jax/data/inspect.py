@@ -122,7 +122,7 @@ def _padding(corpus: Corpus) -> dict[str, dict[str, Any]]:
 
 def _examples(corpus: Corpus, number: int) -> list[dict[str, Any]]:
     """Rows spread evenly over the corpus, with the level of their audio (dB of full scale)."""
-    rows = np.unique(np.linspace(0, corpus.num_rows - 1, number).astype(int)) if number else []
+    rows = np.unique(np.linspace(0, corpus.num_rows - 1, number).astype(int))
     table = corpus.table(['id', 'speaker', 'split', 'text'])
     examples = []
     for row in map(int, rows):

@@ -32,21 +32,25 @@ from bigssl_jax.config import ConfigError
 from bigssl_jax.data.errors import DataError
 
 FORMAT = 'bigssl_labels_1'
-REQUIRED = pa.schema([
-    ('id', pa.string()),
-    ('text', pa.string()),
-    ('tokens', pa.list_(pa.int32())),
-    ('score', pa.float32()),       # log-probability of the whole hypothesis
-    ('confidence', pa.float32()),  # in [0, 1]; the decoder documents what it means
-    ('seconds', pa.float32()),     # length of the audio
-])
-OPTIONAL = pa.schema([
-    ('frames', pa.int32()),
-    ('token_confidence', pa.list_(pa.float32())),
-    ('token_start_frames', pa.list_(pa.int32())),
-    ('token_end_frames', pa.list_(pa.int32())),
-    ('word_confidence', pa.list_(pa.float32())),
-])
+REQUIRED = pa.schema(
+    [
+        ('id', pa.string()),
+        ('text', pa.string()),
+        ('tokens', pa.list_(pa.int32())),
+        ('score', pa.float32()),  # log-probability of the whole hypothesis
+        ('confidence', pa.float32()),  # in [0, 1]; the decoder documents what it means
+        ('seconds', pa.float32()),  # length of the audio
+    ]
+)
+OPTIONAL = pa.schema(
+    [
+        ('frames', pa.int32()),
+        ('token_confidence', pa.list_(pa.float32())),
+        ('token_start_frames', pa.list_(pa.int32())),
+        ('token_end_frames', pa.list_(pa.int32())),
+        ('word_confidence', pa.list_(pa.float32())),
+    ]
+)
 _KEY = b'bigssl.key'
 
 
@@ -74,8 +78,10 @@ class LabelWriter:
         for name in sorted(os.listdir(self.directory)):
             if name.startswith('part-') and name.endswith('.parquet'):
                 if not name.endswith(f'-of-{self.num_parts:05d}.parquet'):
-                    raise DataError(f'{os.path.join(self.directory, name)}: left from a run with'
-                                    f' another number of parts (now {self.num_parts}): remove it')
+                    raise DataError(
+                        f'{os.path.join(self.directory, name)}: left from a run with'
+                        f' another number of parts (now {self.num_parts}): remove it'
+                    )
 
     def path(self, part: int) -> str:
         """The file of one part."""
@@ -91,7 +97,8 @@ class LabelWriter:
             changed = [k for k in {**found, **self.key} if found.get(k) != self.key.get(k)]
             raise DataError(
                 f'{self.path(part)} was made with another {" and ".join(sorted(changed))}: write'
-                ' these labels to another folder, or remove this one')
+                ' these labels to another folder, or remove this one'
+            )
         return True
 
     def missing(self) -> list[int]:
@@ -126,19 +133,31 @@ class LabelWriter:
         missing = self.missing()
         if missing:
             raise DataError(
-                f'{self.directory}: parts {missing[:8]} of {self.num_parts} are missing')
+                f'{self.directory}: parts {missing[:8]} of {self.num_parts} are missing'
+            )
         parts, ids, seconds = [], hashlib.sha256(), 0.0
         for part in range(self.num_parts):
             table = pq.read_table(self.path(part), columns=['id', 'seconds'])
             for name in table['id'].to_pylist():
                 ids.update(name.encode() + b'\0')
             seconds += float(table['seconds'].to_numpy().sum(dtype=np.float64))
-            parts.append({'file': os.path.basename(self.path(part)), 'rows': table.num_rows,
-                          'bytes': os.path.getsize(self.path(part)),
-                          'sha256': _file_hash(self.path(part))})
-        record = {'format': FORMAT, 'key': self.key, 'rows': sum(p['rows'] for p in parts),
-                  'seconds': round(seconds, 3), 'ids_sha256': ids.hexdigest(), 'parts': parts,
-                  'provenance': dict(provenance or {})}
+            parts.append(
+                {
+                    'file': os.path.basename(self.path(part)),
+                    'rows': table.num_rows,
+                    'bytes': os.path.getsize(self.path(part)),
+                    'sha256': _file_hash(self.path(part)),
+                }
+            )
+        record = {
+            'format': FORMAT,
+            'key': self.key,
+            'rows': sum(p['rows'] for p in parts),
+            'seconds': round(seconds, 3),
+            'ids_sha256': ids.hexdigest(),
+            'parts': parts,
+            'provenance': dict(provenance or {}),
+        }
         content = json.dumps(record, indent=1, sort_keys=True)
         temporary = os.path.join(self.directory, f'labels.json.{os.getpid()}.tmp')
         with open(temporary, 'w', encoding='utf-8') as file:
@@ -173,8 +192,10 @@ class LabelSet:
             with open(path, encoding='utf-8') as file:
                 record = json.load(file)
         except (FileNotFoundError, NotADirectoryError):
-            raise DataError(f'{path} is not there: the labels are not complete; run the stage that'
-                            ' makes them to its end') from None
+            raise DataError(
+                f'{path} is not there: the labels are not complete; run the stage that'
+                ' makes them to its end'
+            ) from None
         except (OSError, ValueError) as error:
             raise DataError(f'{path} cannot be read: {error}') from None
         if not isinstance(record, dict) or record.get('format') != FORMAT:
@@ -270,11 +291,16 @@ def filter_labels(label_set: LabelSet, steps: Any) -> FilterResult:
         good, limits = _STEPS[kind](label_set, step, keep, seconds)
         removed = keep & ~good
         keep = keep & good
-        report.append({
-            'kind': kind, 'limits': limits,
-            'kept_rows': int(keep.sum()), 'kept_hours': float(seconds[keep].sum() / 3600),
-            'removed_rows': int(removed.sum()),
-            'removed_hours': float(seconds[removed].sum() / 3600)})
+        report.append(
+            {
+                'kind': kind,
+                'limits': limits,
+                'kept_rows': int(keep.sum()),
+                'kept_hours': float(seconds[keep].sum() / 3600),
+                'removed_rows': int(removed.sum()),
+                'removed_hours': float(seconds[removed].sum() / 3600),
+            }
+        )
     ids = label_set.table(['id'])['id'].filter(pa.array(keep)).to_pylist()
     return FilterResult(keep, ids, report)
 
@@ -371,8 +397,9 @@ def _read_key(path: str) -> dict[str, str]:
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise DataError(f'{path} is damaged or not a part of a label set ({error}): remove it')\
-            from None
+        raise DataError(
+            f'{path} is damaged or not a part of a label set ({error}): remove it'
+        ) from None
 
 
 def _file_hash(path: str) -> str:

@@ -127,7 +127,8 @@ def exact_quotas(rates: Sequence[float], segment_size: int) -> np.ndarray:
         worst = int(np.argmin(wanted))
         raise DataError(
             f'source {worst} has a share of {wanted[worst] / wanted.sum():.2e}, below one position'
-            f' in a segment of {segment_size}: raise its weight, or join it with another source')
+            f' in a segment of {segment_size}: raise its weight, or join it with another source'
+        )
     return quotas
 
 
@@ -135,8 +136,8 @@ class Segment(NamedTuple):
     """The S positions of one segment, in stream order: three arrays [S]."""
 
     source: np.ndarray  # int32
-    row: np.ndarray     # int64, row within the source's selection
-    epoch: np.ndarray   # int64
+    row: np.ndarray  # int64, row within the source's selection
+    epoch: np.ndarray  # int64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +149,13 @@ class Order:
     seed: int
 
     @classmethod
-    def create(cls, sizes: Sequence[int], rates: Sequence[float], seed: int,
-               segment_size: int = SEGMENT_SIZE) -> 'Order':
+    def create(
+        cls,
+        sizes: Sequence[int],
+        rates: Sequence[float],
+        seed: int,
+        segment_size: int = SEGMENT_SIZE,
+    ) -> 'Order':
         """An order with exact quotas from rates. Raises DataError on an empty source."""
         for number, size in enumerate(sizes):
             if size < 1:
@@ -190,7 +196,7 @@ class Order:
         positions = np.argsort(source, kind='stable')
         start = 0
         for index, quota in enumerate(self.quotas):
-            place = positions[start:start + quota]
+            place = positions[start : start + quota]
             row[place], epoch[place] = self.source_rows(index, number * quota + np.arange(quota))
             start += quota
         return Segment(source, row, epoch)

@@ -52,11 +52,11 @@ class Members(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    source: np.ndarray   # [S]
-    row: np.ndarray      # [S]
-    epoch: np.ndarray    # [S]
-    place: np.ndarray    # [S] positions within the segment, sorted by bucket, then position
-    start: np.ndarray    # [K + 1] where each bucket's positions begin in `place`
+    source: np.ndarray  # [S]
+    row: np.ndarray  # [S]
+    epoch: np.ndarray  # [S]
+    place: np.ndarray  # [S] positions within the segment, sorted by bucket, then position
+    start: np.ndarray  # [K + 1] where each bucket's positions begin in `place`
 
 
 class StreamPlan:
@@ -71,8 +71,13 @@ class StreamPlan:
 
     num_batches: int | None = None
 
-    def __init__(self, order: Order, lengths: Sequence[Lengths], bounds: np.ndarray,
-                 batch_sizes: Sequence[int]):
+    def __init__(
+        self,
+        order: Order,
+        lengths: Sequence[Lengths],
+        bounds: np.ndarray,
+        batch_sizes: Sequence[int],
+    ):
         self.order, self.bounds = order, np.asarray(bounds, np.int64)
         self.sizes = np.asarray(batch_sizes, np.int64)
         self._lengths = list(lengths)
@@ -93,7 +98,7 @@ class StreamPlan:
             segment = self._segment(number)
             size = int(self.sizes[bucket])
             begin = segment.start[bucket]
-            place = segment.place[begin + max(first, 0):begin + first + size]
+            place = segment.place[begin + max(first, 0) : begin + first + size]
             parts = self._before(number, bucket, -first)
             parts.append((segment.source[place], segment.row[place], segment.epoch[place]))
             end = number * self.order.segment_size + int(place[-1]) + 1
@@ -151,8 +156,10 @@ class StreamPlan:
         return int((before // self.sizes).sum()), bucket[order], first[order]
 
     def _segment_of_batch(self, k: int) -> int:
-        share = sum(c * q / n for c, q, n in
-                    zip(self._epoch_counts, self.order.quotas, self.order.sizes, strict=True))
+        share = sum(
+            c * q / n
+            for c, q, n in zip(self._epoch_counts, self.order.quotas, self.order.sizes, strict=True)
+        )
         per_segment = float((share / self.sizes).sum())  # mean batches per segment
         latest = next(reversed(self._segments), 0)
         number = latest if abs(k / per_segment - latest) < 3 else int(k / per_segment)
@@ -178,8 +185,9 @@ class StreamPlan:
             elif number + 1 in self._anchors:
                 counts = self._anchors[number + 1] - np.diff(self._segment(number).start)
             else:
-                counts = sum(self._counts_of_draws(s, number * q)
-                             for s, q in enumerate(self.order.quotas))
+                counts = np.zeros(len(self.sizes), np.int64)
+                for source, quota in enumerate(self.order.quotas):
+                    counts = counts + self._counts_of_draws(source, number * quota)
             while len(self._anchors) >= _KEPT_ANCHORS:
                 self._anchors.pop(next(a for a in self._anchors if a != 0))
             self._anchors[number] = counts
@@ -208,8 +216,13 @@ class StreamPlan:
             mine = slice(None) if len(self._lengths) == 1 else np.flatnonzero(source == index)
             bucket[mine] = bucket_of(lengths[row[mine]], self.bounds)
         counts = np.bincount(bucket, minlength=len(self.sizes))
-        segment = _Segment(source, row, epoch, np.argsort(bucket, kind='stable'),
-                           np.concatenate([[0], np.cumsum(counts)]))
+        segment = _Segment(
+            source,
+            row,
+            epoch,
+            np.argsort(bucket, kind='stable'),
+            np.concatenate([[0], np.cumsum(counts)]),
+        )
         while len(self._segments) >= _KEPT_SEGMENTS:
             self._segments.popitem(last=False)
         self._segments[number] = segment
@@ -222,7 +235,7 @@ class StreamPlan:
             number -= 1
             segment = self._segment(number)
             begin, end = segment.start[bucket], segment.start[bucket + 1]
-            place = segment.place[max(begin, end - count):end]
+            place = segment.place[max(begin, end - count) : end]
             parts.insert(0, (segment.source[place], segment.row[place], segment.epoch[place]))
             count -= place.size
         return parts
@@ -235,13 +248,23 @@ class PassPlan:
     The last batch of each bucket is completed by rows of source -1.
     """
 
-    def __init__(self, lengths: Sequence[Lengths], bounds: np.ndarray,
-                 batch_sizes: Sequence[int], ranges: Sequence[range]):
-        source: np.ndarray = np.repeat(np.arange(len(ranges), dtype=np.int32),
-                                       [len(r) for r in ranges])
+    def __init__(
+        self,
+        lengths: Sequence[Lengths],
+        bounds: np.ndarray,
+        batch_sizes: Sequence[int],
+        ranges: Sequence[range],
+    ):
+        source: np.ndarray = np.repeat(
+            np.arange(len(ranges), dtype=np.int32), [len(r) for r in ranges]
+        )
         row = np.concatenate([np.arange(r.start, r.stop, dtype=np.int64) for r in ranges])
-        samples = np.concatenate([np.asarray(n[np.arange(r.start, r.stop)], np.int64)
-                                  for n, r in zip(lengths, ranges, strict=True)])
+        samples = np.concatenate(
+            [
+                np.asarray(n[np.arange(r.start, r.stop)], np.int64)
+                for n, r in zip(lengths, ranges, strict=True)
+            ]
+        )
         order = np.argsort(-samples, kind='stable')
         self._source, self._row = source[order], row[order]
         bucket = bucket_of(samples[order], np.asarray(bounds))
@@ -260,7 +283,10 @@ class PassPlan:
         size = int(self.sizes[bucket])
         source: np.ndarray = np.full(size, -1, np.int32)
         row: np.ndarray = np.full(size, -1, np.int64)
-        source[:last - first], row[:last - first] = self._source[first:last], self._row[first:last]
+        source[: last - first], row[: last - first] = (
+            self._source[first:last],
+            self._row[first:last],
+        )
         return Members(bucket, source, row, np.zeros(size, np.int64), 0)
 
     def bucket(self, k: int) -> int:

@@ -21,21 +21,26 @@ from bigssl_jax.data.corpus import Corpus
 from bigssl_jax.data.errors import DataError
 
 DEFAULTS: dict[str, Any] = {
-    'corpus': '',         # folder of a prepared corpus
-    'splits': None,       # lists of accepted values; None accepts all
+    'corpus': '',  # folder of a prepared corpus
+    'splits': None,  # lists of accepted values; None accepts all
     'speakers': None,
     'languages': None,
     'domains': None,
     'groups': None,
     'min_seconds': 0.0,
     'max_seconds': None,
-    'hours': None,        # a nested subset of about so many hours
-    'exclude': None,      # selections (specs, or names) whose rows are left out
-    'unseen': False,      # True drops lines whose text also stands in training
-    'with_text': False,   # True keeps only rows that have a transcript
+    'hours': None,  # a nested subset of about so many hours
+    'exclude': None,  # selections (specs, or names) whose rows are left out
+    'unseen': False,  # True drops lines whose text also stands in training
+    'with_text': False,  # True keeps only rows that have a transcript
 }
-_COLUMNS = {'splits': 'split', 'speakers': 'speaker', 'languages': 'language',
-            'domains': 'domain', 'groups': 'group'}
+_COLUMNS = {
+    'splits': 'split',
+    'speakers': 'speaker',
+    'languages': 'language',
+    'domains': 'domain',
+    'groups': 'group',
+}
 _BLOCK = 1 << 20
 
 
@@ -53,7 +58,8 @@ def resolve(spec: Any, named: Mapping[str, Any] | None = None) -> dict[str, Any]
         spec = config_lib.merge('selection', DEFAULTS, spec)
     except AttributeError:
         raise ConfigError(
-            f'selection is {spec!r}; it must be a group of fields or a name') from None
+            f'selection is {spec!r}; it must be a group of fields or a name'
+        ) from None
     if not spec['corpus']:
         raise ConfigError('selection.corpus is not set; it must name a folder made by prepare')
     for field in _COLUMNS:
@@ -104,7 +110,8 @@ def _rows(corpus: Corpus, spec: dict[str, Any]) -> np.ndarray:
         if os.path.realpath(other['corpus']) != os.path.realpath(spec['corpus']):
             raise ConfigError(
                 f'selection.exclude names corpus {other["corpus"]!r}; rows of {spec["corpus"]!r}'
-                ' can only be excluded by selections of the same corpus')
+                ' can only be excluded by selections of the same corpus'
+            )
         keep[_rows(corpus, other)] = False
     rows = np.flatnonzero(keep)
     return rows if spec['hours'] is None else _take_hours(corpus, rows, spec['hours'])
@@ -115,8 +122,8 @@ def _length_mask(sample_counts: np.ndarray, rate: int, spec: dict[str, Any]) -> 
     high = np.inf if spec['max_seconds'] is None else spec['max_seconds'] * rate
     keep: np.ndarray = np.ones(len(sample_counts), bool)
     for start in range(0, len(sample_counts), _BLOCK):  # the index is memory-mapped
-        block = np.asarray(sample_counts[start:start + _BLOCK])
-        keep[start:start + _BLOCK] = (block >= low) & (block <= high)
+        block = np.asarray(sample_counts[start : start + _BLOCK])
+        keep[start : start + _BLOCK] = (block >= low) & (block <= high)
     return keep
 
 
@@ -130,7 +137,8 @@ def _member_mask(corpus: Corpus, column: str, wanted: Sequence[str]) -> np.ndarr
         there = sorted(filter(None, pc.unique(values).to_pylist()))[:12]
         raise DataError(
             f'{corpus.directory}: no utterance has {column} {sorted(unknown)[0]!r};'
-            f' there are {", ".join(map(repr, there)) or "none"}')
+            f' there are {", ".join(map(repr, there)) or "none"}'
+        )
     mask = pc.is_in(values, value_set=pa.array(list(wanted), pa.string()))
     return mask.to_numpy(zero_copy_only=False).astype(bool)
 
@@ -153,7 +161,8 @@ def _take_hours(corpus: Corpus, rows: np.ndarray, hours: float) -> np.ndarray:
         have = seconds[-1] / 3600 if seconds.size else 0.0
         raise DataError(
             f'{corpus.directory}: selection.hours is {hours:g}, the rest of the selection holds'
-            f' {have:.3f} h: lower hours or loosen the other fields')
+            f' {have:.3f} h: lower hours or loosen the other fields'
+        )
     count = int(np.searchsorted(seconds, hours * 3600 * (1 - 1e-6), side='left')) + 1
     return np.sort(rows[order[:count]])
 

@@ -33,9 +33,9 @@ from bigssl_jax.data.tokenizer import UNKNOWN, Tokenizer, encode_ragged
 
 SOURCE_DEFAULTS: dict[str, Any] = {
     'selection': None,  # a selection spec, or the name of one in the stream's `selections`
-    'task': None,       # instead of a selection: the name of a registered seqio task or mixture
-    'labels': None,     # None, 'text' (the corpus's transcripts), or the folder of a label set
-    'filter': None,     # steps for `label_sets.filter_labels`
+    'task': None,  # instead of a selection: the name of a registered seqio task or mixture
+    'labels': None,  # None, 'text' (the corpus's transcripts), or the folder of a label set
+    'filter': None,  # steps for `label_sets.filter_labels`
     'weight': 1.0,
 }
 _BLOCK = 1 << 16
@@ -108,7 +108,7 @@ class Source:
     def labels(self, row: int) -> np.ndarray:
         """Token ids of one row of the selection."""
         assert self.label_values is not None and self.label_offsets is not None
-        return self.label_values[self.label_offsets[row]:self.label_offsets[row + 1]]
+        return self.label_values[self.label_offsets[row] : self.label_offsets[row + 1]]
 
     def column(self, name: str) -> list:
         """A metadata column of the corpus for all rows of the selection, in order."""
@@ -116,8 +116,9 @@ class Source:
         return (values if self.rows is None else values.take(self.rows)).to_pylist()
 
 
-def open_source(name: str, spec: Mapping[str, Any], stream: Mapping[str, Any],
-                tokenizer: Tokenizer | None) -> Source:
+def open_source(
+    name: str, spec: Mapping[str, Any], stream: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> Source:
     """Opens one source of a stream and settles which of its utterances can be used.
 
     Args:
@@ -163,8 +164,17 @@ def open_source(name: str, spec: Mapping[str, Any], stream: Mapping[str, Any],
     if values is not None:
         assert offsets is not None
         identity['tokens'] = hashlib.sha256(values.tobytes() + offsets.tobytes()).hexdigest()
-    return Source(name, corpus, None if whole else rows, spec['weight'], values, offsets,
-                  dict(excluded), unknown, identity)
+    return Source(
+        name,
+        corpus,
+        None if whole else rows,
+        spec['weight'],
+        values,
+        offsets,
+        dict(excluded),
+        unknown,
+        identity,
+    )
 
 
 def _check_weight(name: str, weight: Any) -> None:
@@ -172,8 +182,9 @@ def _check_weight(name: str, weight: Any) -> None:
         raise ConfigError(f'sources.{name}.weight is {weight!r}; it must be a number above 0')
 
 
-def _within_seconds(corpus: Corpus, rows: np.ndarray, stream: Mapping[str, Any],
-                    excluded: collections.Counter) -> np.ndarray:
+def _within_seconds(
+    corpus: Corpus, rows: np.ndarray, stream: Mapping[str, Any], excluded: collections.Counter
+) -> np.ndarray:
     samples = corpus.sample_counts[rows]
     # A receptive field of one window is the least that makes a frame.
     short = samples < max(400, stream['min_seconds'] * corpus.sample_rate)
@@ -187,8 +198,9 @@ def _within_seconds(corpus: Corpus, rows: np.ndarray, stream: Mapping[str, Any],
 class _Labels:
     """Token ids of the utterances that can be trained on; counts the others."""
 
-    def __init__(self, stream: Mapping[str, Any], tokenizer: Tokenizer,
-                 excluded: collections.Counter):
+    def __init__(
+        self, stream: Mapping[str, Any], tokenizer: Tokenizer, excluded: collections.Counter
+    ):
         self._normaliser = stream['normaliser']
         self._max_labels = stream['max_labels'] or np.inf
         self._max_unknown = stream['max_unknown']
@@ -196,8 +208,9 @@ class _Labels:
         self._kept_rows = self._unknown_rows = self._unknown_tokens = 0
         self._characters: collections.Counter = collections.Counter()
 
-    def keep(self, corpus: Corpus, rows: np.ndarray, label_set: 'label_sets.LabelSet | None',
-             steps: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def keep(
+        self, corpus: Corpus, rows: np.ndarray, label_set: 'label_sets.LabelSet | None', steps: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(rows that are kept, token ids, offsets [N + 1]); in blocks, so memory stays small."""
         small = self._tokenizer.vocabulary_size <= 1 << 16
         kept: list[np.ndarray] = [rows[:0]]
@@ -211,14 +224,15 @@ class _Labels:
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
         return np.concatenate(kept), np.concatenate(values), offsets
 
-    def _texts(self, corpus: Corpus, rows: np.ndarray, label_set: 'label_sets.LabelSet | None',
-               steps: Any) -> Iterator[tuple[np.ndarray, list[str | None]]]:
+    def _texts(
+        self, corpus: Corpus, rows: np.ndarray, label_set: 'label_sets.LabelSet | None', steps: Any
+    ) -> Iterator[tuple[np.ndarray, list[str | None]]]:
         if label_set is None:
             if steps is not None:
                 raise ConfigError('a filter needs labels from a label set, not from text')
             column = corpus.column('text')
             for start in range(0, rows.size, _BLOCK):
-                block = rows[start:start + _BLOCK]
+                block = rows[start : start + _BLOCK]
                 yield block, column.take(block).to_pylist()
             return
         import pyarrow.compute as pc
@@ -227,7 +241,7 @@ class _Labels:
         known, column = label_set.table(['id'])['id'].combine_chunks(), corpus.column('id')
         texts = label_set.table(['text'])['text']
         for start in range(0, rows.size, _BLOCK):
-            block = rows[start:start + _BLOCK]
+            block = rows[start : start + _BLOCK]
             found = pc.index_in(column.take(block), value_set=known)
             place = pc.fill_null(found, -1).to_numpy(zero_copy_only=False)
             self._count('unlabelled', place < 0)
@@ -235,8 +249,9 @@ class _Labels:
             usable = (place >= 0) & kept[place]
             yield block[usable], texts.take(place[usable]).to_pylist()
 
-    def _usable(self, corpus: Corpus, rows: np.ndarray, texts: list[str | None]
-                ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _usable(
+        self, corpus: Corpus, rows: np.ndarray, texts: list[str | None]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         given = np.array([t is not None for t in texts], bool)
         lines = [normalise_text(t or '', self._normaliser) for t in texts]
         filled = np.array([bool(line) for line in lines], bool)
@@ -250,8 +265,13 @@ class _Labels:
         few = number <= self._max_labels
         possible = number + repeats <= encoder_frames(corpus.sample_counts[rows])
         usable: np.ndarray = np.ones(len(lines), bool)
-        for reason, good in (('unlabelled', given), ('empty_text', filled), ('digits', spoken),
-                             ('too_many_labels', few), ('ctc_impossible', possible)):
+        for reason, good in (
+            ('unlabelled', given),
+            ('empty_text', filled),
+            ('digits', spoken),
+            ('too_many_labels', few),
+            ('ctc_impossible', possible),
+        ):
             self._count(reason, usable & ~good)
             usable &= good
         self._note_unknown(lines, tokens == UNKNOWN, owner, usable)
@@ -261,8 +281,9 @@ class _Labels:
         if mask.any():
             self._excluded[reason] += int(mask.sum())
 
-    def _note_unknown(self, lines: list[str], unknown: np.ndarray, owner: np.ndarray,
-                      usable: np.ndarray) -> None:
+    def _note_unknown(
+        self, lines: list[str], unknown: np.ndarray, owner: np.ndarray, usable: np.ndarray
+    ) -> None:
         self._kept_rows += int(usable.sum())
         unknown = unknown & usable[owner]
         affected = np.unique(owner[unknown])
@@ -278,6 +299,10 @@ class _Labels:
             raise DataError(
                 f'source {name!r}: {self._unknown_rows} of {self._kept_rows} texts hold characters'
                 f' that the tokenizer does not know ({characters}): train the tokenizer on this'
-                f' text too, or raise max_unknown (now {self._max_unknown:g})')
-        return {'rows': self._unknown_rows, 'tokens': self._unknown_tokens,
-                'characters': characters}
+                f' text too, or raise max_unknown (now {self._max_unknown:g})'
+            )
+        return {
+            'rows': self._unknown_rows,
+            'tokens': self._unknown_tokens,
+            'characters': characters,
+        }

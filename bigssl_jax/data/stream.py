@@ -44,28 +44,33 @@ from bigssl_jax.data.tokenizer import Tokenizer
 Batch = dict[str, np.ndarray]
 
 DEFAULTS: dict[str, Any] = {
-    'sources': {},             # name -> source, see sources.SOURCE_DEFAULTS
-    'selections': {},          # named selections that sources and `exclude` may refer to
-    'rates': 'proportional',   # 'proportional': rows x weight, so that weight 1 keeps epochs equal;
-                               # 'weights': the weights themselves
-    'tokenizer': None,         # a .model file; required for labelled sources
+    'sources': {},  # name -> source, see sources.SOURCE_DEFAULTS
+    'selections': {},  # named selections that sources and `exclude` may refer to
+    'rates': 'proportional',  # 'proportional': rows x weight, so that weight 1 keeps epochs equal;
+    # 'weights': the weights themselves
+    'tokenizer': None,  # a .model file; required for labelled sources
     'normaliser': 'english',
-    'batch_seconds': 64.0,     # padded seconds of a global batch, at most
-    'max_batch': None,         # utterances of a global batch, at most
-    'multiple_of': 1,          # every batch size is a multiple of this
+    'batch_seconds': 64.0,  # padded seconds of a global batch, at most
+    'max_batch': None,  # utterances of a global batch, at most
+    'multiple_of': 1,  # every batch size is a multiple of this
     'num_buckets': 4,
-    'bucket_seconds': None,    # explicit bounds instead of the optimal ones
+    'bucket_seconds': None,  # explicit bounds instead of the optimal ones
     'min_seconds': 0.0,
     'max_seconds': None,
     'max_labels': None,
-    'max_unknown': 0.05,       # fraction of texts that may hold characters the tokenizer lacks
+    'max_unknown': 0.05,  # fraction of texts that may hold characters the tokenizer lacks
     'segment_size': SEGMENT_SIZE,  # positions with exact quotas per source; part of the order
 }
 _LABEL_STEP = 8  # U is a multiple of this, so that small changes of text do not change shapes
 
 
-def stream(config: Any, seed: int, host: int = 0, num_hosts: int = 1,
-           cursor: Mapping[str, Any] | None = None) -> 'Stream':
+def stream(
+    config: Any,
+    seed: int,
+    host: int = 0,
+    num_hosts: int = 1,
+    cursor: Mapping[str, Any] | None = None,
+) -> 'Stream':
     """Opens an endless stream.
 
     Args:
@@ -90,8 +95,9 @@ def stream(config: Any, seed: int, host: int = 0, num_hosts: int = 1,
     return opened
 
 
-def one_pass(config: Any, host: int = 0, num_hosts: int = 1,
-             part: tuple[int, int] | None = None) -> 'Stream':
+def one_pass(
+    config: Any, host: int = 0, num_hosts: int = 1, part: tuple[int, int] | None = None
+) -> 'Stream':
     """Opens a finite pass: every utterance once, longest first, last batches filled up.
 
     Args:
@@ -144,32 +150,42 @@ def _expand(name: str, spec: Any, rates: str) -> dict[str, Any]:
 
 def _open_sources(config: Mapping[str, Any]) -> list[Source]:
     tokenizer = Tokenizer(config['tokenizer']) if config['tokenizer'] else None
-    sources = [open_source(name, spec, config, tokenizer)
-               for name, spec in config['sources'].items()]
+    sources = [
+        open_source(name, spec, config, tokenizer) for name, spec in config['sources'].items()
+    ]
     labelled = [s.label_values is not None for s in sources]
     if any(labelled) and not all(labelled):
         names = [s.name for s, has in zip(sources, labelled, strict=True) if not has]
-        raise ConfigError(f'stream.sources: {", ".join(names)} has no labels while others have;'
-                          ' put unlabelled sources into a stream of their own')
+        raise ConfigError(
+            f'stream.sources: {", ".join(names)} has no labels while others have;'
+            ' put unlabelled sources into a stream of their own'
+        )
     for source in sources:
         if source.excluded or source.unknown['rows']:
-            logging.info('source %s: %d utterances; left out %s; unknown characters in %s',
-                         source.name, len(source), source.excluded or 'none',
-                         source.unknown['rows'])
+            logging.info(
+                'source %s: %d utterances; left out %s; unknown characters in %s',
+                source.name,
+                len(source),
+                source.excluded or 'none',
+                source.unknown['rows'],
+            )
     return sources
 
 
 class _Shapes:
     """The buckets of a stream: bounds in samples, batch sizes, label widths, padding."""
 
-    def __init__(self, bounds: np.ndarray, sizes: list[int], widths: list[int] | None,
-                 padding: float):
+    def __init__(
+        self, bounds: np.ndarray, sizes: list[int], widths: list[int] | None, padding: float
+    ):
         self.bounds, self.sizes, self.widths, self.padding = bounds, sizes, widths, padding
 
     def shapes(self) -> list[tuple[int, int, int]]:
         widths = self.widths or [0] * len(self.sizes)
-        return [(int(b), int(s), int(u))
-                for b, s, u in zip(self.sizes, self.bounds, widths, strict=True)]
+        return [
+            (int(b), int(s), int(u))
+            for b, s, u in zip(self.sizes, self.bounds, widths, strict=True)
+        ]
 
 
 def _shapes(config: Mapping[str, Any], sources: list[Source], rates: np.ndarray) -> _Shapes:
@@ -189,9 +205,11 @@ def _shapes(config: Mapping[str, Any], sources: list[Source], rates: np.ndarray)
         if bounds[-1] < longest:
             raise ConfigError(
                 f'stream.bucket_seconds ends at {bounds[-1] / 16000:g} s, the longest utterance has'
-                f' {longest / 16000:.2f} s: add a bound or set max_seconds')
-    sizes = buckets_lib.batch_sizes(bounds, config['batch_seconds'], config['multiple_of'],
-                                    config['max_batch'])
+                f' {longest / 16000:.2f} s: add a bound or set max_seconds'
+            )
+    sizes = buckets_lib.batch_sizes(
+        bounds, config['batch_seconds'], config['multiple_of'], config['max_batch']
+    )
     used = buckets_lib.bucket_of(edges, bounds)  # bins may straddle explicit bounds: approximate
     padded = float((bounds[np.minimum(used, bounds.size - 1)] * total).sum())
     widths = _label_widths(sources, bounds) if sources[0].label_values is not None else None
@@ -231,14 +249,23 @@ class Stream:
       fingerprint: hex; equal for streams that give equal global batches.
     """
 
-    def __init__(self, sources: list[Source], shapes: _Shapes, plan: StreamPlan | PassPlan,
-                 host: int, num_hosts: int, kind: tuple):
+    def __init__(
+        self,
+        sources: list[Source],
+        shapes: _Shapes,
+        plan: StreamPlan | PassPlan,
+        host: int,
+        num_hosts: int,
+        kind: tuple,
+    ):
         if not 0 <= host < num_hosts:
             raise ConfigError(f'host {host} of {num_hosts} hosts')
         # The batch sizes must not follow the number of hosts: another number continues this run.
         if any(size % num_hosts for size in shapes.sizes):
-            raise ConfigError(f'stream.multiple_of must be a multiple of the {num_hosts} hosts:'
-                              f' batch sizes are {shapes.sizes}')
+            raise ConfigError(
+                f'stream.multiple_of must be a multiple of the {num_hosts} hosts:'
+                f' batch sizes are {shapes.sizes}'
+            )
         self.sources, self.plan = sources, plan
         self.host, self.num_hosts = host, num_hosts
         self.shapes = shapes.shapes()
@@ -270,7 +297,7 @@ class Stream:
         for place in np.flatnonzero(members.source >= 0):
             source = self.sources[members.source[place]]
             samples = source.corpus.read(int(source.corpus_rows(members.row[place])))
-            audio[place, :samples.size] = samples
+            audio[place, : samples.size] = samples
         return {'audio': audio, **batch}
 
     def batches(self, start: int = 0, prefetch: int = 4, threads: int = 2) -> 'BatchIterator':
@@ -313,7 +340,8 @@ class Stream:
             raise DataError(
                 f'the stream has changed: its fingerprint is {self.fingerprint[:16]}, the'
                 f' checkpoint was made with {cursor["fingerprint"][:16]} (other corpus, labels,'
-                ' sources, weights, buckets or seed): restore the config, or start a new run')
+                ' sources, weights, buckets or seed): restore the config, or start a new run'
+            )
         self.plan.restore(dict(cursor))
 
     def read(self, k: int) -> Batch:
@@ -328,22 +356,29 @@ class Stream:
         if real.size:
             paths, offsets = self._records(members, real)
             try:
-                audio = tf_reader.read_audio_batch(paths, offsets, batch['sample_counts'][real],
-                                                   samples)
+                audio = tf_reader.read_audio_batch(
+                    paths, offsets, batch['sample_counts'][real], samples
+                )
             except DataError as error:
                 self.batch(k)  # the plain reader names the shard and the row
                 raise DataError(f'batch {k}: {error}') from None
         if real.size < members.source.size:
             audio = np.concatenate(
-                [audio, np.zeros((members.source.size - real.size, samples), np.int16)])
+                [audio, np.zeros((members.source.size - real.size, samples), np.int16)]
+            )
         return {'audio': audio, **batch}
 
     def _mine(self, k: int) -> Members:
         members = self.plan.members(k)
         size = members.source.size
         mine = slice(self.host * size // self.num_hosts, (self.host + 1) * size // self.num_hosts)
-        return Members(members.bucket, members.source[mine], members.row[mine],
-                       members.epoch[mine], members.end)
+        return Members(
+            members.bucket,
+            members.source[mine],
+            members.row[mine],
+            members.epoch[mine],
+            members.end,
+        )
 
     def _frame(self, k: int, members: Members) -> Batch:
         """Everything of a batch but its audio."""
@@ -365,7 +400,7 @@ class Stream:
             if self.has_labels:
                 for place, row in zip(places, rows, strict=True):
                     labels = source.labels(row)
-                    batch['labels'][place, :labels.size] = labels
+                    batch['labels'][place, : labels.size] = labels
                     batch['label_counts'][place] = labels.size
         return batch
 

@@ -35,8 +35,12 @@ class PlanSource(seqio.DataSource):
     """
 
     def __init__(self, spec: Mapping[str, Any], settings: Mapping[str, Any], name: str):
-        super().__init__(splits=('train',), num_input_examples=None, caching_permitted=False,
-                         performs_internal_shuffling=True)
+        super().__init__(
+            splits=('train',),
+            num_input_examples=None,
+            caching_permitted=False,
+            performs_internal_shuffling=True,
+        )
         self.spec, self.settings, self.name = dict(spec), dict(settings), name
 
     @property
@@ -56,8 +60,13 @@ class PlanSource(seqio.DataSource):
         path = self.settings['tokenizer']
         return open_source(self.name, self.spec, self.settings, Tokenizer(path) if path else None)
 
-    def get_dataset(self, split: str = 'train', shuffle: bool = True, seed: int | None = None,
-                    shard_info: seqio.ShardInfo | None = None) -> Any:
+    def get_dataset(
+        self,
+        split: str = 'train',
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+    ) -> Any:
         """One epoch as a tf.data.Dataset. Every shard of `shard_info` takes every n-th element."""
         tf = tf_reader.tensorflow()
         if split not in self.splits:
@@ -66,7 +75,7 @@ class PlanSource(seqio.DataSource):
         if shuffle:
             rows = permute(rows, rows.size, derive_key(int(seed or 0), _SHUFFLE))
         if shard_info is not None:
-            rows = rows[shard_info.index::shard_info.num_shards]
+            rows = rows[shard_info.index :: shard_info.num_shards]
         corpus, where = source.corpus, source.corpus_rows(rows)
         elements = {
             'id': corpus.column('id').take(where).to_pylist(),
@@ -91,8 +100,14 @@ class PlanSource(seqio.DataSource):
         return tf.data.Dataset.from_tensor_slices(elements).flat_map(read)
 
 
-def register_task(name: str, source: Mapping[str, Any], *, tokenizer: str | None = None,
-                  normaliser: str = 'english', **limits: Any) -> seqio.Task:
+def register_task(
+    name: str,
+    source: Mapping[str, Any],
+    *,
+    tokenizer: str | None = None,
+    normaliser: str = 'english',
+    **limits: Any,
+) -> seqio.Task:
     """Registers a source of a stream as a SeqIO task.
 
     Args:
@@ -105,15 +120,20 @@ def register_task(name: str, source: Mapping[str, Any], *, tokenizer: str | None
 
     spec = config_lib.merge(f'task {name}', SOURCE_DEFAULTS, config_lib.to_dict(source))
     settings = config_lib.merge(
-        f'task {name}', DEFAULTS, {'tokenizer': tokenizer, 'normaliser': normaliser, **limits})
+        f'task {name}', DEFAULTS, {'tokenizer': tokenizer, 'normaliser': normaliser, **limits}
+    )
     features: dict[str, Any] = {'audio': seqio.ContinuousFeature(dtype='int16', rank=1)}
     if spec['labels'] is not None:
         if tokenizer is None:
             raise ConfigError(f'task {name!r} has labels, so it needs a tokenizer')
         features['labels'] = seqio.Feature(load_tokenizer(tokenizer), add_eos=False)
     return seqio.TaskRegistry.add(
-        name, source=PlanSource(spec, settings, name), output_features=features, preprocessors=[],
-        shuffle_buffer_size=None)
+        name,
+        source=PlanSource(spec, settings, name),
+        output_features=features,
+        preprocessors=[],
+        shuffle_buffer_size=None,
+    )
 
 
 def register_mixture(name: str, rates: Mapping[str, float]) -> seqio.Mixture:
@@ -140,12 +160,17 @@ def expand(name: str, spec: Mapping[str, Any], rates: str) -> dict[str, dict[str
         return {name: _source_of(seqio.TaskRegistry.get(task_name), spec, spec['weight'])}
     if task_name in seqio.MixtureRegistry.names():
         if rates != 'weights':
-            raise ConfigError(f"sources.{name}: mixture {task_name!r} states rates, so the stream"
-                              " needs rates='weights'")
+            raise ConfigError(
+                f'sources.{name}: mixture {task_name!r} states rates, so the stream'
+                " needs rates='weights'"
+            )
         mixture = seqio.MixtureRegistry.get(task_name)
-        return {f'{name}/{task.name}': _source_of(
-                    task, spec, spec['weight'] * mixture.get_rate(task) / mixture.total_rate)
-                for task in mixture.tasks}
+        return {
+            f'{name}/{task.name}': _source_of(
+                task, spec, spec['weight'] * mixture.get_rate(task) / mixture.total_rate
+            )
+            for task in mixture.tasks
+        }
     names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
     raise config_lib.unknown_field(f'sources.{name}.task', str(task_name), names)
 
@@ -154,6 +179,10 @@ def _source_of(task: seqio.Task, spec: Mapping[str, Any], weight: float) -> dict
     if not isinstance(task.source, PlanSource):
         raise ConfigError(f'seqio task {task.name!r} was not made by register_task')
     own = task.source.spec
-    return {**own, 'task': None, 'weight': float(weight),
-            'labels': own['labels'] if spec['labels'] is None else spec['labels'],
-            'filter': own['filter'] if spec['filter'] is None else spec['filter']}
+    return {
+        **own,
+        'task': None,
+        'weight': float(weight),
+        'labels': own['labels'] if spec['labels'] is None else spec['labels'],
+        'filter': own['filter'] if spec['filter'] is None else spec['filter'],
+    }

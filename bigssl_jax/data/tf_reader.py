@@ -34,8 +34,11 @@ def record_dataset(path, offset):
     from tensorflow.python.data.ops import dataset_ops
 
     variant = tf.raw_ops.TFRecordDatasetV2(
-        filenames=[path], compression_type='', buffer_size=tf.constant(0, tf.int64),
-        byte_offsets=[offset])
+        filenames=[path],
+        compression_type='',
+        buffer_size=tf.constant(0, tf.int64),
+        byte_offsets=[offset],
+    )
     return dataset_ops._VariantDataset(variant, tf.TensorSpec([], tf.string)).take(1)
 
 
@@ -48,16 +51,24 @@ def _graph():
         dataset = dataset.batch(tf.size(paths, tf.int64))
         records = dataset.get_single_element()
         audio = tf.raw_ops.DecodePaddedRaw(
-            input_bytes=records, fixed_length=2 * samples, out_type=tf.int16)
+            input_bytes=records, fixed_length=2 * samples, out_type=tf.int16
+        )
         return audio, tf.strings.length(records)
 
-    return tf.function(read, autograph=False, input_signature=[
-        tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.int64),
-        tf.TensorSpec([], tf.int32)])
+    return tf.function(
+        read,
+        autograph=False,
+        input_signature=[
+            tf.TensorSpec([None], tf.string),
+            tf.TensorSpec([None], tf.int64),
+            tf.TensorSpec([], tf.int32),
+        ],
+    )
 
 
-def read_audio_batch(paths: list[str], offsets: np.ndarray, sample_counts: np.ndarray,
-                     samples: int) -> np.ndarray:
+def read_audio_batch(
+    paths: list[str], offsets: np.ndarray, sample_counts: np.ndarray, samples: int
+) -> np.ndarray:
     """Zero-padded audio of some records: int16 [N, samples].
 
     Args:
@@ -71,8 +82,9 @@ def read_audio_batch(paths: list[str], offsets: np.ndarray, sample_counts: np.nd
     """
     tf = tensorflow()
     try:
-        audio, sizes = _graph()(tf.constant(paths), tf.constant(offsets, tf.int64),
-                                tf.constant(samples, tf.int32))
+        audio, sizes = _graph()(
+            tf.constant(paths), tf.constant(offsets, tf.int64), tf.constant(samples, tf.int32)
+        )
     except tf.errors.OpError as error:
         reason = error.message.strip().splitlines()[0] if error.message else type(error).__name__
         raise DataError(f'audio cannot be read ({reason}): verify the corpus') from None

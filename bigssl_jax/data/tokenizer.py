@@ -42,13 +42,15 @@ class Tokenizer:
             self._processor.LoadFromSerializedProto(model)
         except Exception as error:
             raise DataError(
-                f'tokenizer {self.path} is not a sentencepiece model: {error}') from None
+                f'tokenizer {self.path} is not a sentencepiece model: {error}'
+            ) from None
         self.hash = hashlib.sha256(model).hexdigest()
         ids = (self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id())
         if ids != (PAD, EOS, UNKNOWN) or self._processor.bos_id() != -1:
             raise DataError(
                 f'tokenizer {self.path} has (pad, eos, unk, bos) ='
-                f' {ids + (self._processor.bos_id(),)}, must be (0, 1, 2, -1): train it here')
+                f' {ids + (self._processor.bos_id(),)}, must be (0, 1, 2, -1): train it here'
+            )
 
     def __reduce__(self):
         return Tokenizer, (self.path,)
@@ -77,8 +79,7 @@ class Tokenizer:
 
     def unknown_characters(self, text: str) -> set[str]:
         """The characters of a text that the model has never seen."""
-        return {c for c in text if not c.isspace()
-                and self.encode(c)[-1:] == [UNKNOWN]}
+        return {c for c in text if not c.isspace() and self.encode(c)[-1:] == [UNKNOWN]}
 
     def piece(self, token: int) -> str:
         """The piece that an id stands for; a leading U+2581 is a space."""
@@ -93,9 +94,15 @@ class Tokenizer:
             return {}
 
 
-def train_tokenizer(texts: Iterable[str], path: str | os.PathLike, *, model_type: str = 'char',
-                    vocabulary_size: int | None = None, normaliser: str = 'english',
-                    source: str = '') -> dict[str, Any]:
+def train_tokenizer(
+    texts: Iterable[str],
+    path: str | os.PathLike,
+    *,
+    model_type: str = 'char',
+    vocabulary_size: int | None = None,
+    normaliser: str = 'english',
+    source: str = '',
+) -> dict[str, Any]:
     """Trains a sentencepiece model and writes `path` and `path.json`, atomically.
 
     Args:
@@ -142,8 +149,9 @@ def train_tokenizer(texts: Iterable[str], path: str | os.PathLike, *, model_type
         'sentencepiece': sentencepiece.__version__,
         'source': source,
     }
-    _write_atomically(path + '.json', json.dumps(record, indent=1, sort_keys=True,
-                                                 ensure_ascii=False).encode())
+    _write_atomically(
+        path + '.json', json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False).encode()
+    )
     return record
 
 
@@ -155,13 +163,14 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
     return seqio.SentencePieceVocabulary(os.fspath(path))
 
 
-def encode_ragged(tokenizer: Tokenizer, texts: Sequence[str],
-                  block: int = 1 << 16) -> tuple[np.ndarray, np.ndarray]:
+def encode_ragged(
+    tokenizer: Tokenizer, texts: Sequence[str], block: int = 1 << 16
+) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of many texts: (values int32 [total], offsets int64 [N + 1])."""
     values: list[np.ndarray] = [np.zeros(0, np.int32)]
     counts: list[np.ndarray] = [np.zeros(0, np.int64)]
     for start in range(0, len(texts), block):
-        encoded = tokenizer.encode_batch(texts[start:start + block])
+        encoded = tokenizer.encode_batch(texts[start : start + block])
         counts.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
         values.append(np.fromiter((i for ids in encoded for i in ids), np.int32))
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
@@ -185,17 +194,28 @@ def _train(lines: list[str], model_type: str, vocabulary_size: int) -> bytes:
     buffer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(lines), model_writer=buffer, model_type=model_type,
-            vocab_size=vocabulary_size, character_coverage=1.0,
-            pad_id=PAD, eos_id=EOS, unk_id=UNKNOWN, bos_id=-1,
-            normalization_rule_name='identity', add_dummy_prefix=model_type != 'char',
-            num_threads=1, shuffle_input_sentence=False, max_sentence_length=1 << 16,
-            minloglevel=2)
+            sentence_iterator=iter(lines),
+            model_writer=buffer,
+            model_type=model_type,
+            vocab_size=vocabulary_size,
+            character_coverage=1.0,
+            pad_id=PAD,
+            eos_id=EOS,
+            unk_id=UNKNOWN,
+            bos_id=-1,
+            normalization_rule_name='identity',
+            add_dummy_prefix=model_type != 'char',
+            num_threads=1,
+            shuffle_input_sentence=False,
+            max_sentence_length=1 << 16,
+            minloglevel=2,
+        )
     except Exception as error:  # the library raises RuntimeError and OSError with C++ messages
         reason = str(error).split('] ')[-1].strip()
         raise DataError(
             f'sentencepiece cannot train a {model_type} model of {vocabulary_size} ids from'
-            f' {len(lines)} lines: {reason}') from None
+            f' {len(lines)} lines: {reason}'
+        ) from None
     return buffer.getvalue()
 
 

@@ -131,8 +131,12 @@ class BestRQ:
         codes = quantize(stack_frames(features), constants['projection'], constants['codebooks'])
         span = max(1, round(self.mask_span_ms / encode.audio.hop_ms))
         masked_input, masked = mask_features(
-            features, real, row_keys(named_key(key, 'mask'), batch['rows']),
-            self.mask_start_probability, span, self.noise_std,
+            features,
+            real,
+            row_keys(named_key(key, 'mask'), batch['rows']),
+            self.mask_start_probability,
+            span,
+            self.noise_std,
         )
         frames, frame_mask = encode.encode(masked_input, real, dropout_key(key, batch))
         scored = stack_mask(masked)[0] & stacked_real & frame_mask
@@ -231,9 +235,7 @@ def masked_cross_entropy(
 
     def one(args: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         w, b, targets = args
-        logits = b + jnp.matmul(
-            frames, w.astype(frames.dtype), preferred_element_type=jnp.float32
-        )
+        logits = b + jnp.matmul(frames, w.astype(frames.dtype), preferred_element_type=jnp.float32)
         at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         nats = jax.nn.logsumexp(logits, axis=-1) - at_target
         predicted = argmax(jax.lax.stop_gradient(logits))
@@ -243,9 +245,7 @@ def masked_cross_entropy(
         loss, predicted = one((kernel[0], bias[0], codes[..., 0]))
         return loss, predicted[..., None]
     # One softmax at a time, recomputed in the backward pass: N x V logits a frame are too many.
-    losses, predicted = jax.lax.map(
-        jax.checkpoint(one), (kernel, bias, jnp.moveaxis(codes, -1, 0))
-    )
+    losses, predicted = jax.lax.map(jax.checkpoint(one), (kernel, bias, jnp.moveaxis(codes, -1, 0)))
     return jnp.mean(losses), jnp.moveaxis(predicted, 0, -1)
 
 

@@ -180,7 +180,5 @@ class Wav2Vec2:
 
 def _linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: Any) -> jax.Array:
     """x @ kernel + bias with the product in `dtype`, the result in float32."""
-    product = jnp.matmul(
-        x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32
-    )
+    product = jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
     return product + bias

@@ -46,9 +46,7 @@ def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
         _active_mesh.reset(token)
 
 
-def resolve_axes(
-    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
-) -> PartitionSpec:
+def resolve_axes(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """The PartitionSpec of an array of `shape` whose dimensions carry logical `names`.
 
     Raises:
@@ -61,7 +59,8 @@ def resolve_axes(
     for name, size in zip(names, shape, strict=True):
         if name is not None and name not in RULES:
             raise ValueError(f'unknown logical axis {name!r}; known: {", ".join(sorted(RULES))}')
-        axes = [a for a in RULES.get(name, ()) if mesh.shape[a] > 1 and a not in used]
+        wanted = RULES[name] if name is not None else ()
+        axes = [a for a in wanted if mesh.shape[a] > 1 and a not in used]
         while axes and size % _product(mesh, axes):
             axes.pop()
         used.update(axes)

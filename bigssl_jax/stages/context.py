@@ -1,4 +1,4 @@
-"""What every stage is given: the resolved config, its folder, the mesh, and the way to its inputs."""
+"""What every stage is given: the resolved config, its folder, the mesh, the way to its inputs."""
 
 import dataclasses
 import pathlib

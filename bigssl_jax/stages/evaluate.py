@@ -57,9 +57,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     return outputs, results
 
 
-def transcribe_set(
-    recogniser: Recogniser, stream: Stream, normaliser: str
-) -> list[dict[str, Any]]:
+def transcribe_set(recogniser: Recogniser, stream: Stream, normaliser: str) -> list[dict[str, Any]]:
     """Hypotheses beside references, in the selection's order."""
     source = stream.sources[0]
     ids, texts = source.column('id'), source.column('text')
@@ -96,9 +94,7 @@ def _compare(
     context: Context, first: list[dict[str, Any]], second: list[dict[str, Any]]
 ) -> dict[str, Any]:
     references, texts, speakers = _columns(first)
-    return compare_texts(
-        references, texts, _columns(second)[1], speakers, context.config['seed']
-    )
+    return compare_texts(references, texts, _columns(second)[1], speakers, context.config['seed'])
 
 
 def write_lines(path: Any, lines: list[dict[str, Any]]) -> None:

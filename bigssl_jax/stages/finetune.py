@@ -1,4 +1,4 @@
-"""Supervised training of encoder and transcript head, from scratch or from a pre-trained encoder."""
+"""Supervised training of encoder and transcript head, from scratch or a pre-trained encoder."""
 
 from typing import Any
 

@@ -1,9 +1,9 @@
 """A trained model as a folder: what every later stage, and `bigssl transcribe`, reads.
 
-    <stage>/model/
-      model.json        encoder and audio config, heads, tokenizer hash, step, hash of the parameters
-      arrays/           {'params': {'encoder', 'heads'}, 'constants'}, written by Orbax
-      tokenizer.model   for models with a transcript head
+<stage>/model/
+  model.json        encoder and audio config, heads, tokenizer hash, step, hash of the parameters
+  arrays/           {'params': {'encoder', 'heads'}, 'constants'}, written by Orbax
+  tokenizer.model   for models with a transcript head
 """
 
 import dataclasses

@@ -41,7 +41,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def prepare_corpora(context: Context) -> dict[str, Any]:
-    """Prepares every corpus of the config; returns name -> {rows, hours, fingerprint, synthetic}."""
+    """Prepares every corpus of the config; name -> {rows, hours, fingerprint, source, ...}."""
     from bigssl_jax.data.corpus import Corpus
     from bigssl_jax.data.prepare import prepare
 
@@ -80,7 +80,7 @@ def prepare_corpora(context: Context) -> dict[str, Any]:
 
 
 def _manifest_entries(fields: Mapping[str, Any]) -> Any:
-    """A manifest's path; or its entries, missing splits drawn and test lines seen in training marked."""
+    """A manifest's path; or its entries, missing splits drawn, test lines seen in training marked."""
     if not fields['split_by']:
         return fields['manifest']
     from bigssl_jax.data.manifest import read_manifest
@@ -109,9 +109,7 @@ def _open_voices(
     wanted = {name: fields for name, fields in missing.items() if fields['open_voices']}
     for name, fields in missing.items():
         if sum(bool(fields[kind]) for kind in ('manifest', 'tfds', 'open_voices')) != 1:
-            raise ConfigError(
-                f'corpora.{name}: give exactly one of manifest, tfds and open_voices'
-            )
+            raise ConfigError(f'corpora.{name}: give exactly one of manifest, tfds and open_voices')
     if not wanted:
         return {}, False
     from bigssl_jax.data.errors import DataError
@@ -139,9 +137,7 @@ def _open_voices(
     return by_corpus, False
 
 
-def _synthetic(
-    context: Context, wanted: Mapping[str, Mapping[str, Any]]
-) -> dict[str, list[Any]]:
+def _synthetic(context: Context, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Synthesised entries for every corpus, each with its own sentences."""
     from bigssl_jax.data import synthetic_speech
 

@@ -66,7 +66,9 @@ def run_recipe(
         mesh = make_mesh(resolved['compute']['mesh'])
         with stop_on_signals() as stop:
             for number, name in enumerate(pending):
-                later = sum(schema.training_audio_seconds(resolved, n) for n in pending[number + 1 :])
+                later = sum(
+                    schema.training_audio_seconds(resolved, n) for n in pending[number + 1 :]
+                )
                 _run_stage(contexts[name] | {'mesh': mesh, 'stop': stop, 'later': later})
     else:
         print(f'all {len(wanted)} stages of {resolved["name"]!r} are done: {", ".join(wanted)}')
@@ -119,7 +121,9 @@ def _run_stage(given: Mapping[str, Any]) -> None:
     inputs = {} if name == 'prepare' else _inputs(context)
     artefacts.claim(context.directory, context.identity)
     kind = 'prepare' if name == 'prepare' else context.fields['kind']
-    before = (artefacts.read_json(context.directory / 'elapsed.json') or {'seconds': 0.0})['seconds']
+    before = (artefacts.read_json(context.directory / 'elapsed.json') or {'seconds': 0.0})[
+        'seconds'
+    ]
     started = time.monotonic()
     try:
         outputs, results = importlib.import_module(f'bigssl_jax.stages.{kind}').run(context)

@@ -93,9 +93,7 @@ class Recogniser:
         tokenizer = Tokenizer(model.tokenizer_path)
         head = make_objective(model.heads[name], tokenizer.vocabulary_size, model.audio.num_mels)
         params = {'encoder': model.params['encoder'], 'head': model.params['heads'][name]}
-        params, constants = jax.device_put(
-            (params, model.constants['encoder']), replicated(mesh)
-        )
+        params, constants = jax.device_put((params, model.constants['encoder']), replicated(mesh))
         return cls(model.encoder, model.audio, head, params, constants, tokenizer, mesh)
 
     def recognise(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[Hypothesis]:

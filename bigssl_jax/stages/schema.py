@@ -53,8 +53,8 @@ EXPERIMENT: dict[str, Any] = {
 
 CORPUS: dict[str, Any] = {
     'manifest': '',
-    # Splits for entries of a manifest that name none, drawn so that 'group', 'speaker' or 'id' stays
-    # together: 85 % train, 5 % dev, 10 % test.  '' keeps what the manifest says.
+    # Splits for entries of a manifest that name none, drawn so that what shares a 'group', 'speaker'
+    # or 'id' stays together: 85 % train, 5 % dev, 10 % test.  '' keeps what the manifest says.
     'split_by': '',
     'tfds': '',
     'open_voices': (),
@@ -157,7 +157,7 @@ def _table(field: str, entries: Mapping[str, Any], defaults: Mapping[str, Any]) 
 def _encoder(given: Mapping[str, Any]) -> dict[str, Any]:
     """All fields of the ConformerConfig that `encoder.preset` and its overrides make."""
     overrides = {name: value for name, value in given.items() if name != 'preset'}
-    preset = choose('encoder.preset', given.get("preset", "tiny"), NAMES)
+    preset = choose('encoder.preset', given.get('preset', 'tiny'), NAMES)
     defaults = dataclasses.asdict(conformer(preset))
     return {'preset': preset, **merge('encoder', defaults, overrides)}
 
@@ -201,9 +201,7 @@ def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
     return stage
 
 
-def make_objective(
-    fields: Mapping[str, Any], vocabulary_size: int | None, num_mels: int
-) -> Any:
+def make_objective(fields: Mapping[str, Any], vocabulary_size: int | None, num_mels: int) -> Any:
     """The objective that a config entry (or an entry of model.json) describes."""
     objective = OBJECTIVES[fields['objective']]
     derived = {'vocabulary_size': vocabulary_size, 'num_mels': num_mels}
@@ -273,14 +271,12 @@ def _selections_of(stage: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def identity_of(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    """Everything that a stage's result follows from: its own fields, the shared ones, its inputs."""
+    """Everything that a stage's result follows from: its fields, the shared ones, its inputs."""
     shared = ('seed', 'audio', 'encoder', 'tokenizer', 'statistics', 'corpora', 'selections')
     fields = {} if stage == 'prepare' else dict(config['stages'][stage])
     return {
         'stage': stage,
         'fields': fields,
         'shared': {name: config[name] for name in shared},
-        'upstream': {
-            name: config_hash(identity_of(config, name)) for name in upstream_of(fields)
-        },
+        'upstream': {name: config_hash(identity_of(config, name)) for name in upstream_of(fields)},
     }

@@ -1,9 +1,9 @@
 """What pretrain and finetune share: from a stage's config to a finished training run.
 
-    config  ->  encoder, heads          (shapes)
-            ->  parameters, constants   (born sharded; the encoder may come from an earlier stage)
-            ->  terms of the loss       (objective, stream, weight)
-            ->  the loop                ->  <stage>/checkpoints, <stage>/model
+config  ->  encoder, heads          (shapes)
+        ->  parameters, constants   (born sharded; the encoder may come from an earlier stage)
+        ->  terms of the loss       (objective, stream, weight)
+        ->  the loop                ->  <stage>/checkpoints, <stage>/model
 """
 
 import dataclasses

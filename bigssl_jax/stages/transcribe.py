@@ -91,14 +91,10 @@ def _files(audio: Sequence[str]) -> Iterator[pathlib.Path]:
             yield path
 
 
-def _batches(
-    waveforms: dict[int, np.ndarray], multiple: int
-) -> Iterator[dict[str, np.ndarray]]:
+def _batches(waveforms: dict[int, np.ndarray], multiple: int) -> Iterator[dict[str, np.ndarray]]:
     """Batches of similar lengths, padded to one of LENGTHS; rows are filled up with silence."""
     for shortest, longest in zip((0.0, *LENGTHS), LENGTHS, strict=False):
-        numbers = [
-            n for n, w in waveforms.items() if shortest * 16000 < len(w) <= longest * 16000
-        ]
+        numbers = [n for n, w in waveforms.items() if shortest * 16000 < len(w) <= longest * 16000]
         size = max(1, int(BATCH_SECONDS / longest) // multiple) * multiple
         for start in range(0, len(numbers), size):
             chosen = numbers[start : start + size]
@@ -117,9 +113,7 @@ def _batches(
             }
 
 
-def _line(
-    name: str, hypothesis: Hypothesis, tokenizer: Tokenizer, model: Model
-) -> dict[str, Any]:
+def _line(name: str, hypothesis: Hypothesis, tokenizer: Tokenizer, model: Model) -> dict[str, Any]:
     frame_seconds = model.audio.hop_ms * 4 / 1000
     return {
         'id': name,

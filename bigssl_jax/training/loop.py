@@ -168,7 +168,8 @@ class Window:
         self._reset(start)
 
     def _reset(self, step: int) -> None:
-        self._first, self._totals, self._norms = step, None, None
+        self._first = step
+        self._totals: dict[str, Any] | None = None
         self._audio = self._padded = 0.0
         self._started, self.wait_seconds = time.monotonic(), 0.0
 

@@ -97,7 +97,9 @@ class Progress:
             f'  {audio_per_second:.0f} s audio/s  left {clock(seconds_left)}'
         )
         if self._later:
-            text += f' (whole run {clock(seconds_left + self._later / max(audio_per_second, 1e-9))})'
+            text += (
+                f' (whole run {clock(seconds_left + self._later / max(audio_per_second, 1e-9))})'
+            )
         end = '\n' if last or not self._terminal else ''
         print(f'\r{text}\x1b[K' if self._terminal else text, end=end, file=sys.stderr, flush=True)
 

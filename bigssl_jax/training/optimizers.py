@@ -95,7 +95,8 @@ def group_labels(params: Any, groups: Mapping[str, Mapping[str, Any]]) -> Any:
     for group in groups:
         if group not in matched:
             raise ConfigError(
-                f'optimizer.groups.{group}.pattern {groups[group]["pattern"]!r} matches no parameter'
+                f'optimizer.groups.{group}.pattern {groups[group]["pattern"]!r}'
+                ' matches no parameter'
             )
     return labels
 

@@ -93,7 +93,7 @@ def make_train_step(
             )
             scale = term.weight / jnp.maximum(totals[term.name]['weight'], 1.0)
             loss += scale * totals[term.name]['loss']
-            gradients = jax.tree.map(lambda g, t: g + scale * t, gradients, term_gradients)
+            gradients = optax.tree.add_scale(gradients, scale, term_gradients)
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         if settings.clip_norm:
@@ -127,7 +127,9 @@ def _gradients(
         return gradient(state.params, batch)
     # Row r goes to piece r mod n: every piece stays spread over all devices.
     pieces = jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]).swapaxes(0, 1),
+        lambda x: x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]).swapaxes(
+            0, 1
+        ),
         batch,
     )
 

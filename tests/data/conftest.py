@@ -27,12 +27,18 @@ def make_corpus(tmp_path_factory):
             for i in range(count):
                 samples = int(random.uniform(0.5, longest) * 16000)
                 words = random.choice(WORDS, max(1, samples // 8000))
-                entries.append(Entry(
-                    id=f'{name}-{i:04d}', sample_rate=16000,
-                    audio=random.integers(-9000, 9000, samples).astype(np.int16),
-                    text=texts[i] if i < len(texts) else ' '.join(words), speaker=f's{i % 4}',
-                    language='en' if i % 2 else 'nl', split='test' if i % 10 == 9 else 'train',
-                    seen=i % 20 == 19))
+                entries.append(
+                    Entry(
+                        id=f'{name}-{i:04d}',
+                        sample_rate=16000,
+                        audio=random.integers(-9000, 9000, samples).astype(np.int16),
+                        text=texts[i] if i < len(texts) else ' '.join(words),
+                        speaker=f's{i % 4}',
+                        language='en' if i % 2 else 'nl',
+                        split='test' if i % 10 == 9 else 'train',
+                        seen=i % 20 == 19,
+                    )
+                )
             out = tmp_path_factory.mktemp(name) / 'corpus'
             prepare(entries, out, jobs=1, options=Options(shard_size=32), progress=False)
             made[key] = str(out)

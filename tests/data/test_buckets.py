@@ -16,8 +16,9 @@ def brute_force(edges, counts, num_buckets):
     for size in range(1, num_buckets + 1):
         for chosen in itertools.combinations(used[:-1], min(size, len(used)) - 1):
             bounds = np.array([*chosen, used[-1]])
-            padded = sum(c * bounds[bounds >= e].min()
-                         for e, c in zip(edges, counts, strict=True) if c)
+            padded = sum(
+                c * bounds[bounds >= e].min() for e, c in zip(edges, counts, strict=True) if c
+            )
             best = min(best, padded)
     return best
 
@@ -84,8 +85,10 @@ def test_a_budget_too_small_for_the_longest_utterance_names_the_cure():
         buckets.batch_sizes([16 * 16000], 64.0, multiple_of=8)
 
 
-@pytest.mark.parametrize('samples, frames', [
-    (0, 0), (399, 0), (400, 1), (559, 1), (560, 1), (880, 1), (1040, 2), (16000, 25)])
+@pytest.mark.parametrize(
+    'samples, frames',
+    [(0, 0), (399, 0), (400, 1), (559, 1), (560, 1), (880, 1), (1040, 2), (16000, 25)],
+)
 def test_encoder_frames(samples, frames):
     # 98 windows of 25 ms in a second; 98 / 4 rounds up to 25.
     assert buckets.encoder_frames(np.array([samples])).tolist() == [frames]

@@ -40,8 +40,11 @@ def write_all(directory, key=KEY, parts=4, slow=0.0):
 
 
 def hashes(directory):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in pathlib.Path(directory).iterdir() if not p.name.endswith('.tmp')}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in pathlib.Path(directory).iterdir()
+        if not p.name.endswith('.tmp')
+    }
 
 
 def test_what_is_written_is_read_back_in_order(tmp_path):
@@ -137,29 +140,45 @@ def test_columns_are_checked(tmp_path):
 def labels(tmp_path):
     """Six utterances, each bad in a way of its own but the last."""
     writer = LabelWriter(tmp_path, KEY, 1)
-    text = ['', 'go go go go', 'one two three one two three one two three', 'unsure words', 'slow',
-            'all is well']
-    writer.write(0, {
-        'id': list('abcdef'), 'text': text, 'tokens': [[3]] * 6, 'score': [-1.0] * 6,
-        'confidence': [0.9, 0.8, 0.7, 0.1, 0.9, 0.95],
-        'seconds': [1.0, 1.0, 3.0, 1.0, 30.0, 1.0]})
+    text = [
+        '',
+        'go go go go',
+        'one two three one two three one two three',
+        'unsure words',
+        'slow',
+        'all is well',
+    ]
+    writer.write(
+        0,
+        {
+            'id': list('abcdef'),
+            'text': text,
+            'tokens': [[3]] * 6,
+            'score': [-1.0] * 6,
+            'confidence': [0.9, 0.8, 0.7, 0.1, 0.9, 0.95],
+            'seconds': [1.0, 1.0, 3.0, 1.0, 30.0, 1.0],
+        },
+    )
     return writer.finish()
 
 
-@pytest.mark.parametrize('step, kept', [
-    ({'kind': 'keep_all'}, 'abcdef'),
-    ({'kind': 'empty'}, 'bcdef'),
-    ({'kind': 'confidence', 'threshold': 0.7}, 'abef'),  # 0.7 in float32 is below 0.7
-    ({'kind': 'confidence', 'threshold': 0.69}, 'abcef'),
-    ({'kind': 'confidence', 'percentile': 50}, 'aef'),  # a and e tie; both are above the median
-    ({'kind': 'confidence', 'percentile': 0}, 'abcdef'),
-    ({'kind': 'words_per_second', 'min': 1.0}, 'bcdf'),
-    ({'kind': 'words_per_second', 'max': 3.5}, 'acdef'),
-    ({'kind': 'characters_per_second', 'min': 1.0, 'max': 11.5}, 'bf'),
-    ({'kind': 'repeats'}, 'adef'),
-    ({'kind': 'repeats', 'words': 1, 'times': 3}, 'acdef'),
-    ({'kind': 'repeats', 'words': 3, 'times': 5}, 'abcdef'),
-])
+@pytest.mark.parametrize(
+    'step, kept',
+    [
+        ({'kind': 'keep_all'}, 'abcdef'),
+        ({'kind': 'empty'}, 'bcdef'),
+        ({'kind': 'confidence', 'threshold': 0.7}, 'abef'),  # 0.7 in float32 is below 0.7
+        ({'kind': 'confidence', 'threshold': 0.69}, 'abcef'),
+        ({'kind': 'confidence', 'percentile': 50}, 'aef'),  # a and e tie; both are above the median
+        ({'kind': 'confidence', 'percentile': 0}, 'abcdef'),
+        ({'kind': 'words_per_second', 'min': 1.0}, 'bcdf'),
+        ({'kind': 'words_per_second', 'max': 3.5}, 'acdef'),
+        ({'kind': 'characters_per_second', 'min': 1.0, 'max': 11.5}, 'bf'),
+        ({'kind': 'repeats'}, 'adef'),
+        ({'kind': 'repeats', 'words': 1, 'times': 3}, 'acdef'),
+        ({'kind': 'repeats', 'words': 3, 'times': 5}, 'abcdef'),
+    ],
+)
 def test_each_filter_keeps_what_it_says(labels, step, kept):
     result = filter_labels(labels, step)
     assert ''.join(result.ids) == kept
@@ -167,8 +186,14 @@ def test_each_filter_keeps_what_it_says(labels, step, kept):
 
 
 def test_a_filter_reports_hours_and_reasons(labels):
-    result = filter_labels(labels, [{'kind': 'empty'}, {'kind': 'words_per_second', 'min': 1.0},
-                                    {'kind': 'confidence', 'percentile': 25}])
+    result = filter_labels(
+        labels,
+        [
+            {'kind': 'empty'},
+            {'kind': 'words_per_second', 'min': 1.0},
+            {'kind': 'confidence', 'percentile': 25},
+        ],
+    )
     assert [r['kind'] for r in result.report] == ['empty', 'words_per_second', 'confidence']
     assert [r['removed_rows'] for r in result.report] == [1, 1, 1]
     assert result.report[1]['removed_hours'] == pytest.approx(30 / 3600)
@@ -177,22 +202,36 @@ def test_a_filter_reports_hours_and_reasons(labels):
     assert ''.join(result.ids) == 'bcf'
 
 
-@pytest.mark.parametrize('step, message', [
-    ({'kind': 'luck'}, r'filter\[0\].kind'),
-    ({'kind': 'confidence'}, 'either percentile or threshold'),
-    ({'kind': 'confidence', 'percentile': 10, 'threshold': 0.1}, 'either percentile or threshold'),
-    ({'kind': 'confidence', 'percentile': 100}, 'must be 0 <= p < 100'),
-    ({'kind': 'empty', 'words': 3}, 'words'),
-    ([], 'at least one step'),
-])
+@pytest.mark.parametrize(
+    'step, message',
+    [
+        ({'kind': 'luck'}, r'filter\[0\].kind'),
+        ({'kind': 'confidence'}, 'either percentile or threshold'),
+        (
+            {'kind': 'confidence', 'percentile': 10, 'threshold': 0.1},
+            'either percentile or threshold',
+        ),
+        ({'kind': 'confidence', 'percentile': 100}, 'must be 0 <= p < 100'),
+        ({'kind': 'empty', 'words': 3}, 'words'),
+        ([], 'at least one step'),
+    ],
+)
 def test_bad_filters_are_named(labels, step, message):
     with pytest.raises(ConfigError, match=message):
         filter_labels(labels, step)
 
 
-@pytest.mark.parametrize('text, words, times, expected', [
-    ('a a a', 1, 3, True), ('a a b a', 1, 3, False), ('a b a b a b', 2, 3, True),
-    ('a b a b a', 2, 3, False), ('a b a b a b', 1, 2, False), ('x a b c a b c', 3, 2, True),
-    ('', 3, 2, False)])
+@pytest.mark.parametrize(
+    'text, words, times, expected',
+    [
+        ('a a a', 1, 3, True),
+        ('a a b a', 1, 3, False),
+        ('a b a b a b', 2, 3, True),
+        ('a b a b a', 2, 3, False),
+        ('a b a b a b', 1, 2, False),
+        ('x a b c a b c', 3, 2, True),
+        ('', 3, 2, False),
+    ],
+)
 def test_repeats(text, words, times, expected):
     assert has_repeats(text, words, times) is expected

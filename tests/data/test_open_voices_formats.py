@@ -52,9 +52,7 @@ def dialogue(talk_key: int, person: list, joe: list, greetings: tuple[str, str])
     person_at = tree + len(joe_block)
     person_block = b''
     for number, text in person:
-        person_block = padded(
-            person_block + struct.pack('>2h', 0, number) + game_string(text), 4
-        )
+        person_block = padded(person_block + struct.pack('>2h', 0, number) + game_string(text), 4)
     greetings_at = person_at + len(person_block)
     header = struct.pack(
         '>5h 6h 3H', -1, 1, talk_key, len(joe), len(person), *[0] * 6, person_at, 0, greetings_at

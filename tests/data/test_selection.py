@@ -14,13 +14,26 @@ def hours(corpus, rows):
 
 
 def test_fields_select_what_the_metadata_say(corpus):
-    rows = select(corpus, {'corpus': corpus.directory, 'splits': 'train', 'languages': ['en'],
-                           'speakers': ['s1', 's3'], 'min_seconds': 1.0, 'max_seconds': 2.0})
+    rows = select(
+        corpus,
+        {
+            'corpus': corpus.directory,
+            'splits': 'train',
+            'languages': ['en'],
+            'speakers': ['s1', 's3'],
+            'min_seconds': 1.0,
+            'max_seconds': 2.0,
+        },
+    )
     columns = {n: corpus.column(n).to_pylist() for n in ('split', 'language', 'speaker')}
-    expected = [i for i in range(corpus.num_rows)
-                if columns['split'][i] == 'train' and columns['language'][i] == 'en'
-                and columns['speaker'][i] in ('s1', 's3')
-                and 16000 <= corpus.sample_counts[i] <= 32000]
+    expected = [
+        i
+        for i in range(corpus.num_rows)
+        if columns['split'][i] == 'train'
+        and columns['language'][i] == 'en'
+        and columns['speaker'][i] in ('s1', 's3')
+        and 16000 <= corpus.sample_counts[i] <= 32000
+    ]
     assert rows.tolist() == expected
     assert 0 < len(expected) < corpus.num_rows
 
@@ -62,15 +75,18 @@ def test_seen_lines_and_lines_without_text_can_be_left_out(make_corpus):
     assert unseen.tolist() == [9, 29]
 
 
-@pytest.mark.parametrize('fields, error, message', [
-    ({'speeker': ['s1']}, ConfigError, "unknown config field selection.speeker: did you mean"),
-    ({'speakers': ['s9']}, DataError, "no utterance has speaker 's9'; there are 's0', 's1'"),
-    ({'hours': 5}, DataError, r'hours is 5, the rest of the selection holds 0.0\d+ h'),
-    ({'hours': -1.0}, ConfigError, 'hours is -1.0; it must be a number >= 0'),
-    ({'min_seconds': 50.0}, DataError, 'no utterance fits the selection'),
-    ({'exclude': ['other']}, ConfigError, 'other'),
-    ({'splits': []}, ConfigError, 'must be a list of strings'),
-])
+@pytest.mark.parametrize(
+    'fields, error, message',
+    [
+        ({'speeker': ['s1']}, ConfigError, 'unknown config field selection.speeker: did you mean'),
+        ({'speakers': ['s9']}, DataError, "no utterance has speaker 's9'; there are 's0', 's1'"),
+        ({'hours': 5}, DataError, r'hours is 5, the rest of the selection holds 0.0\d+ h'),
+        ({'hours': -1.0}, ConfigError, 'hours is -1.0; it must be a number >= 0'),
+        ({'min_seconds': 50.0}, DataError, 'no utterance fits the selection'),
+        ({'exclude': ['other']}, ConfigError, 'other'),
+        ({'splits': []}, ConfigError, 'must be a list of strings'),
+    ],
+)
 def test_mistakes_are_named(corpus, fields, error, message):
     with pytest.raises(error, match=message):
         select(corpus, {'corpus': corpus.directory, **fields})

@@ -25,8 +25,13 @@ from bigssl_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 def config_of(*directories, **fields):
     sources = {f's{i}': {'selection': {'corpus': d}} for i, d in enumerate(directories)}
-    return {'sources': sources, 'batch_seconds': 12.0, 'num_buckets': 3, 'segment_size': 256,
-            **fields}
+    return {
+        'sources': sources,
+        'batch_seconds': 12.0,
+        'num_buckets': 3,
+        'segment_size': 256,
+        **fields,
+    }
 
 
 @pytest.fixture(scope='module')
@@ -94,8 +99,9 @@ def test_far_batches_are_found_without_a_walk(config):
     draws = cold.plan.draws(far.end)
     assert draws.sum() == far.end
     # Of everything drawn by then, only what waits in a bucket has not been emitted.
-    emitted = sum(b * c for (b, _, _), c in zip(
-        cold.shapes, bucket_counts(cold, 200_000), strict=True))
+    emitted = sum(
+        b * c for (b, _, _), c in zip(cold.shapes, bucket_counts(cold, 200_000), strict=True)
+    )
     assert 0 <= far.end - emitted < sum(b for b, _, _ in cold.shapes)
 
 
@@ -240,9 +246,15 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(make_corpus, tokenize
     too_long = int((corpus.sample_counts > 0.97 * 16000).sum())
     assert too_long and (corpus.sample_counts[:6] <= 0.97 * 16000).all()
     # 45 letters in at most 0.97 s (24 frames), and 25 equal letters, which need 49 frames.
-    assert stream.excluded == {'s0': {
-        'empty_text': 2, 'digits': 1, 'too_many_labels': 1, 'ctc_impossible': 2,
-        'too_long': too_long}}
+    assert stream.excluded == {
+        's0': {
+            'empty_text': 2,
+            'digits': 1,
+            'too_many_labels': 1,
+            'ctc_impossible': 2,
+            'too_long': too_long,
+        }
+    }
     assert stream.num_utterances == 60 - 6 - too_long
     assert not {f'faulty-{i:04d}' for i in range(6)} & {i for k in range(30) for i in stream.ids(k)}
 
@@ -267,12 +279,19 @@ def pseudo(corpus, tmp_path):
     writer = LabelWriter(tmp_path / 'labels', {'teacher': 'a'}, 2)
     ids = corpus.column('id').to_pylist()[:90]
     for part in range(2):
-        mine = ids[part * 45:part * 45 + 45][::-1]  # not in row order: joined by id
+        mine = ids[part * 45 : part * 45 + 45][::-1]  # not in row order: joined by id
         rows = [ids.index(i) for i in mine]
-        writer.write(part, {
-            'id': mine, 'text': ['rain' if r % 2 else 'Moon!' for r in rows], 'tokens': [[3]] * 45,
-            'score': [0.0] * 45, 'confidence': [r / 90 for r in rows],
-            'seconds': (corpus.sample_counts[rows] / 16000).tolist()})
+        writer.write(
+            part,
+            {
+                'id': mine,
+                'text': ['rain' if r % 2 else 'Moon!' for r in rows],
+                'tokens': [[3]] * 45,
+                'score': [0.0] * 45,
+                'confidence': [r / 90 for r in rows],
+                'seconds': (corpus.sample_counts[rows] / 16000).tolist(),
+            },
+        )
     return writer.finish().directory
 
 
@@ -314,8 +333,9 @@ def test_a_pass_gives_every_utterance_once_longest_first(config):
             assert np.array_equal(real, batch['utterances'] >= 0)
             assert not batch['audio'][~real].any()
             assert [bool(i) for i in whole.ids(k)] == real.tolist()
-            seen += zip(batch['sources'][real].tolist(), batch['utterances'][real].tolist(),
-                        strict=True)
+            seen += zip(
+                batch['sources'][real].tolist(), batch['utterances'][real].tolist(), strict=True
+            )
             lengths += batch['sample_counts'][real].tolist()
     assert k + 1 == len(whole) == whole.num_batches
     assert sorted(seen) == [(s, r) for s, n in ((0, 100), (1, 30)) for r in range(n)]
@@ -334,22 +354,31 @@ def test_a_pass_can_be_cut_into_parts_and_hosts(config):
         for k in range(len(part)):
             batch = part.batch(k)
             joined = [h.batch(k) for h in hosts]
-            assert_equal_batches({key: np.concatenate([j[key] for j in joined]) for key in batch},
-                                 batch)
+            assert_equal_batches(
+                {key: np.concatenate([j[key] for j in joined]) for key in batch}, batch
+            )
             real = batch['sources'] >= 0
             seen.append((index, batch['sources'][real], batch['utterances'][real]))
-    pairs = sorted((int(s), int(u), part) for part, source, rows in seen
-                   for s, u in zip(source, rows, strict=True))
-    assert [(s, u) for s, u, _ in pairs] == [(s, r) for s, n in ((0, 100), (1, 30))
-                                             for r in range(n)]
+    pairs = sorted(
+        (int(s), int(u), part)
+        for part, source, rows in seen
+        for s, u in zip(source, rows, strict=True)
+    )
+    assert [(s, u) for s, u, _ in pairs] == [
+        (s, r) for s, n in ((0, 100), (1, 30)) for r in range(n)
+    ]
     assert [p for s, u, p in pairs if s == 0] == sorted(p for s, u, p in pairs if s == 0)
     with pytest.raises(ConfigError, match='part is'):
         one_pass(config, part=(3, 3))
 
 
 def test_a_pass_without_text_needs_no_tokenizer_and_drops_nothing(make_corpus):
-    directory = make_corpus(60, 'faulty', 1.0, ('', '?!', 'room 7', 'ship ' * 20, 'moon ' * 9,
-                                                'rrrrrrrrrrrrrrrrrrrrrrrrr'))
+    directory = make_corpus(
+        60,
+        'faulty',
+        1.0,
+        ('', '?!', 'room 7', 'ship ' * 20, 'moon ' * 9, 'rrrrrrrrrrrrrrrrrrrrrrrrr'),
+    )
     stream = one_pass(config_of(directory))
     assert stream.num_utterances == 60
     assert 'labels' not in stream.batch(0)
@@ -361,10 +390,12 @@ def test_fingerprints_follow_everything_that_decides_the_batches(config, make_co
     backwards = {**config, 'sources': dict(reversed(config['sources'].items()))}
     assert data.stream(backwards, 0).fingerprint == base
     changed = [
-        data.stream(config, 1), data.stream({**config, 'batch_seconds': 20.0}, 0),
+        data.stream(config, 1),
+        data.stream({**config, 'batch_seconds': 20.0}, 0),
         data.stream({**config, 'max_seconds': 2.5}, 0),
         data.stream({**config, 'rates': 'weights'}, 0),
-        data.stream(config_of(make_corpus(100, 'tiny'), multiple_of=4), 0)]
+        data.stream(config_of(make_corpus(100, 'tiny'), multiple_of=4), 0),
+    ]
     assert len({base, *(s.fingerprint for s in changed)}) == 6
 
 
@@ -375,18 +406,21 @@ def test_explicit_buckets(config):
         data.stream({**config, 'bucket_seconds': [1.0]}, 0)
 
 
-@pytest.mark.parametrize('change, message', [
-    ({'batch_secs': 3.0}, "batch_secs: did you mean 'batch_seconds'"),
-    ({'batch_seconds': 'many'}, 'must be a float'),
-    ({'batch_seconds': 0.0}, 'must be above 0'),
-    ({'batch_seconds': 4.0}, 'does not hold 4 utterance'),
-    ({'rates': 'fair'}, "allowed: 'proportional', 'weights'"),
-    ({'normaliser': 'whisper'}, "must be one of none, basic, english"),
-    ({'sources': {}}, 'must name at least one source'),
-    ({'sources': {'a': {}}}, 'selection is not set'),
-    ({'sources': {'a': {'selection': {'corpus': 'nowhere'}}}}, 'nowhere: no prepared corpus'),
-    ({'sources': {'a': {'selecton': {}}}}, "did you mean 'selection'"),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'batch_secs': 3.0}, "batch_secs: did you mean 'batch_seconds'"),
+        ({'batch_seconds': 'many'}, 'must be a float'),
+        ({'batch_seconds': 0.0}, 'must be above 0'),
+        ({'batch_seconds': 4.0}, 'does not hold 4 utterance'),
+        ({'rates': 'fair'}, "allowed: 'proportional', 'weights'"),
+        ({'normaliser': 'whisper'}, 'must be one of none, basic, english'),
+        ({'sources': {}}, 'must name at least one source'),
+        ({'sources': {'a': {}}}, 'selection is not set'),
+        ({'sources': {'a': {'selection': {'corpus': 'nowhere'}}}}, 'nowhere: no prepared corpus'),
+        ({'sources': {'a': {'selecton': {}}}}, "did you mean 'selection'"),
+    ],
+)
 def test_mistakes_are_named(config, change, message):
     with pytest.raises(UserError, match=message):
         data.stream({**config, **change}, 0)
@@ -412,10 +446,16 @@ def test_a_damaged_shard_is_named_by_both_readers(corpus, tmp_path, harm):
         shard.write_bytes(content[:1000])
     else:
         middle = np.frombuffer(content, np.uint8).copy()
-        middle[2000::997] ^= 0xff
+        middle[2000::997] ^= 0xFF
         shard.write_bytes(middle.tobytes())
-    hit = next(k for k in range(200) if any(stream.sources[0].corpus.shard_of[r] ==
-               stream.sources[0].corpus.shard_of[-1] for r in stream.plan.members(k).row))
+    hit = next(
+        k
+        for k in range(200)
+        if any(
+            stream.sources[0].corpus.shard_of[r] == stream.sources[0].corpus.shard_of[-1]
+            for r in stream.plan.members(k).row
+        )
+    )
     with pytest.raises(DataError, match=shard.name):
         stream.batch(hit)
     with stream.batches(start=hit) as batches, pytest.raises(DataError, match=shard.name):
@@ -434,14 +474,26 @@ def test_closing_stops_reading(config):
 
 def test_a_program_that_forgets_to_close_still_ends(config):
     program = f'from bigssl_jax import data; print(len(next(data.stream({config!r}, 0).batches())))'
-    run = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True,
-                         timeout=60, cwd=pathlib.Path(__file__).parents[2])
+    run = subprocess.run(
+        [sys.executable, '-c', program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=pathlib.Path(__file__).parents[2],
+    )
     assert (run.returncode, run.stdout.strip()) == (0, '5'), run.stderr
 
 
 def test_planning_alone_imports_no_tensorflow(config):
-    program = (f'import sys; from bigssl_jax import data; data.stream({config!r}, 0).batch(3);'
-               "print('tensorflow' in sys.modules, 'seqio' in sys.modules)")
-    run = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True,
-                         timeout=60, cwd=pathlib.Path(__file__).parents[2])
+    program = (
+        f'import sys; from bigssl_jax import data; data.stream({config!r}, 0).batch(3);'
+        "print('tensorflow' in sys.modules, 'seqio' in sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, '-c', program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=pathlib.Path(__file__).parents[2],
+    )
     assert run.stdout.strip() == 'False False', run.stderr

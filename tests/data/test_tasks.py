@@ -19,10 +19,16 @@ def tokenizer(corpus, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def registered(corpus, make_corpus, tokenizer):
-    tasks.register_task('tiny_train', {'labels': 'text', 'selection': {
-        'corpus': corpus.directory, 'splits': ['train']}}, tokenizer=tokenizer)
-    tasks.register_task('more', {'labels': 'text', 'selection': {
-        'corpus': make_corpus(30, 'more', 2.0)}}, tokenizer=tokenizer)
+    tasks.register_task(
+        'tiny_train',
+        {'labels': 'text', 'selection': {'corpus': corpus.directory, 'splits': ['train']}},
+        tokenizer=tokenizer,
+    )
+    tasks.register_task(
+        'more',
+        {'labels': 'text', 'selection': {'corpus': make_corpus(30, 'more', 2.0)}},
+        tokenizer=tokenizer,
+    )
     tasks.register_task('audio_only', {'selection': {'corpus': corpus.directory}})
     tasks.register_mixture('tiny_mix', {'tiny_train': 3, 'more': 1})
 
@@ -35,9 +41,13 @@ def read(task, **arguments):
 def test_a_task_gives_an_epoch_of_the_selection(registered, corpus, tokenizer):
     elements = read('tiny_train', shuffle=False)
     ids = [e['id'].decode() for e in elements]
-    assert ids == [i for i, s in zip(corpus.column('id').to_pylist(),
-                                     corpus.column('split').to_pylist(), strict=True)
-                   if s == 'train']
+    assert ids == [
+        i
+        for i, s in zip(
+            corpus.column('id').to_pylist(), corpus.column('split').to_pylist(), strict=True
+        )
+        if s == 'train'
+    ]
     rows = {i: r for r, i in enumerate(corpus.column('id').to_pylist())}
     vocabulary = seqio.TaskRegistry.get('tiny_train').output_features['labels'].vocabulary
     for element in elements[::7]:
@@ -56,16 +66,31 @@ def test_shuffling_is_a_function_of_the_seed(registered):
 
 def test_shards_together_are_the_whole(registered):
     whole = [e['id'] for e in read('audio_only', shuffle=True, seed=1)]
-    shards = [[e['id'] for e in read('audio_only', shuffle=True, seed=1,
-                                     shard_info=seqio.ShardInfo(i, 3))] for i in range(3)]
+    shards = [
+        [
+            e['id']
+            for e in read('audio_only', shuffle=True, seed=1, shard_info=seqio.ShardInfo(i, 3))
+        ]
+        for i in range(3)
+    ]
     assert [whole[i::3] for i in range(3)] == shards
 
 
 def test_a_stream_takes_a_task_by_its_name(registered, corpus, tokenizer):
     common = {'tokenizer': tokenizer, 'batch_seconds': 12.0}
     named = data.stream({'sources': {'s': 'tiny_train'}, **common}, 0)
-    spelled = data.stream({'sources': {'s': {'labels': 'text', 'selection': {
-        'corpus': corpus.directory, 'splits': ['train']}}}, **common}, 0)
+    spelled = data.stream(
+        {
+            'sources': {
+                's': {
+                    'labels': 'text',
+                    'selection': {'corpus': corpus.directory, 'splits': ['train']},
+                }
+            },
+            **common,
+        },
+        0,
+    )
     assert named.fingerprint == spelled.fingerprint
     assert named.ids(5) == spelled.ids(5)
 
@@ -85,8 +110,9 @@ def test_mistakes_are_named(registered, corpus):
     with pytest.raises(ConfigError, match='both a task and a selection'):
         data.stream({'sources': {'s': {'task': 'more', 'selection': {'corpus': 'x'}}}}, 0)
     with pytest.raises(ConfigError, match='needs a tokenizer'):
-        tasks.register_task('untokenised', {'labels': 'text', 'selection': {
-            'corpus': corpus.directory}})
+        tasks.register_task(
+            'untokenised', {'labels': 'text', 'selection': {'corpus': corpus.directory}}
+        )
 
 
 def test_registering_reads_nothing(tmp_path):

@@ -11,30 +11,44 @@ from bigssl_jax.data.text import NORMALISERS, is_spoken, normalise_text
 LINE = "  Don't  panic, Mr. O\u2019Neil \u2014 it's 7! "
 
 
-@pytest.mark.parametrize('name, expected', [
-    ('none', "Don't panic, Mr. O\u2019Neil \u2014 it's 7!"),
-    ('basic', 'dont panic mr oneil its 7'),
-    ('english', "don't panic mr o'neil it's 7"),
-])
+@pytest.mark.parametrize(
+    'name, expected',
+    [
+        ('none', "Don't panic, Mr. O\u2019Neil \u2014 it's 7!"),
+        ('basic', 'dont panic mr oneil its 7'),
+        ('english', "don't panic mr o'neil it's 7"),
+    ],
+)
 def test_the_table_of_the_docstring(name, expected):
     assert normalise_text(LINE, name) == expected
 
 
-@pytest.mark.parametrize('text, expected', [
-    ('\u0401\u043b\u043a\u0430, \u0434\u0430!', '\u0451\u043b\u043a\u0430 \u0434\u0430'),
-    ('\ufb01n \uff21\uff22', 'fin ab'),                # ligature and full-width letters
-    ('na\u00efve cafe\u0301', 'na\u00efve caf\u00e9'),  # a combining accent is composed
-    ('\u0939\u093f\u0928\u094d\u0926\u0940?', '\u0939\u093f\u0928\u094d\u0926\u0940'),
-    ('rock-and-roll/now', 'rock and roll now'),
-    ('', ''), (' ...!? ', ''), ('\t a\u00a0b \n', 'a b'),
-])
+@pytest.mark.parametrize(
+    'text, expected',
+    [
+        ('\u0401\u043b\u043a\u0430, \u0434\u0430!', '\u0451\u043b\u043a\u0430 \u0434\u0430'),
+        ('\ufb01n \uff21\uff22', 'fin ab'),  # ligature and full-width letters
+        ('na\u00efve cafe\u0301', 'na\u00efve caf\u00e9'),  # a combining accent is composed
+        ('\u0939\u093f\u0928\u094d\u0926\u0940?', '\u0939\u093f\u0928\u094d\u0926\u0940'),
+        ('rock-and-roll/now', 'rock and roll now'),
+        ('', ''),
+        (' ...!? ', ''),
+        ('\t a\u00a0b \n', 'a b'),
+    ],
+)
 def test_basic_knows_scripts(text, expected):
     assert normalise_text(text, 'basic') == expected
 
 
-@pytest.mark.parametrize('text, expected', [
-    ("'tis the dogs' \u2018quoted\u2019 word", 'tis the dogs quoted word'),
-    ("rock 'n' roll", 'rock n roll'), ("don''t", 'don t'), ("'", '')])
+@pytest.mark.parametrize(
+    'text, expected',
+    [
+        ("'tis the dogs' \u2018quoted\u2019 word", 'tis the dogs quoted word'),
+        ("rock 'n' roll", 'rock n roll'),
+        ("don''t", 'don t'),
+        ("'", ''),
+    ],
+)
 def test_english_keeps_apostrophes_only_within_words(text, expected):
     assert normalise_text(text, 'english') == expected
 
@@ -42,8 +56,16 @@ def test_english_keeps_apostrophes_only_within_words(text, expected):
 @pytest.mark.parametrize('name', NORMALISERS)
 def test_normalising_twice_changes_nothing(name):
     source = random.Random(0)
-    alphabet = [chr(c) for c in [*range(32, 0x250), *range(0x370, 0x600), *range(0x2000, 0x2070),
-                                 *range(0xfb00, 0xfb07), *range(0xff00, 0xff60)]]
+    alphabet = [
+        chr(c)
+        for c in [
+            *range(32, 0x250),
+            *range(0x370, 0x600),
+            *range(0x2000, 0x2070),
+            *range(0xFB00, 0xFB07),
+            *range(0xFF00, 0xFF60),
+        ]
+    ]
     for _ in range(500):
         text = ''.join(source.choices(alphabet, k=12))
         once = normalise_text(text, name)

@@ -8,8 +8,14 @@ import pytest
 from bigssl_jax.data.errors import DataError
 from bigssl_jax.data.tokenizer import Tokenizer, encode_ragged, load_tokenizer, train_tokenizer
 
-TEXTS = ["Don't panic, Mr. O'Neil!", 'The quick brown fox', 'jumps over a lazy dog',
-         'Hello world', 'In 1984', '...'] * 20
+TEXTS = [
+    "Don't panic, Mr. O'Neil!",
+    'The quick brown fox',
+    'jumps over a lazy dog',
+    'Hello world',
+    'In 1984',
+    '...',
+] * 20
 
 
 @pytest.fixture(scope='module')
@@ -21,12 +27,15 @@ def tokenizer(tmp_path_factory):
 
 @pytest.mark.parametrize('model_type, size', [('char', None), ('unigram', 34), ('bpe', 60)])
 def test_training_is_reproducible_wherever_it_is_written(tmp_path, model_type, size):
-    records = [train_tokenizer(TEXTS, tmp_path / name, model_type=model_type, vocabulary_size=size)
-               for name in ('a.model', 'elsewhere.model')]
+    records = [
+        train_tokenizer(TEXTS, tmp_path / name, model_type=model_type, vocabulary_size=size)
+        for name in ('a.model', 'elsewhere.model')
+    ]
     assert (tmp_path / 'a.model').read_bytes() == (tmp_path / 'elsewhere.model').read_bytes()
     assert records[0] == records[1]
-    other = train_tokenizer([*TEXTS, 'one line more'], tmp_path / 'b.model', model_type=model_type,
-                            vocabulary_size=size)
+    other = train_tokenizer(
+        [*TEXTS, 'one line more'], tmp_path / 'b.model', model_type=model_type, vocabulary_size=size
+    )
     assert other['text_sha256'] != records[0]['text_sha256']
 
 
@@ -67,7 +76,7 @@ def test_ragged_encoding_equals_line_by_line(tokenizer):
     texts = ['dog', '', 'lazy world', 'd\u00f6g'] * 5
     values, offsets = encode_ragged(tokenizer, texts, block=3)
     for index, text in enumerate(texts):
-        assert values[offsets[index]:offsets[index + 1]].tolist() == tokenizer.encode(text)
+        assert values[offsets[index] : offsets[index + 1]].tolist() == tokenizer.encode(text)
     assert encode_ragged(tokenizer, [])[1].tolist() == [0]
 
 

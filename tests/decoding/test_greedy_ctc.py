@@ -52,7 +52,9 @@ def test_equals_the_slow_decoder(blank, sharpness):
         seen += count
         columns = list(zip(*tokens, strict=True)) or [(), (), (), ()]
         fields = (
-            result.tokens, result.token_start_frames, result.token_end_frames,
+            result.tokens,
+            result.token_start_frames,
+            result.token_end_frames,
             result.token_confidence,
         )
         for field, column in zip(fields, columns, strict=True):

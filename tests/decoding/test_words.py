@@ -59,9 +59,17 @@ def test_words_equal_the_text_that_sentencepiece_decodes(tmp_path):
     lines = ['the cat sat on the mat', 'a cat ate the hat', "it's that thin man again"] * 20
     for model_type, size in (('char', None), ('unigram', 30), ('bpe', 30)):
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(lines), model_prefix=str(tmp_path / model_type),
-            model_type=model_type, vocab_size=size or 19, hard_vocab_limit=False, pad_id=0,
-            eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, num_threads=1,
+            sentence_iterator=iter(lines),
+            model_prefix=str(tmp_path / model_type),
+            model_type=model_type,
+            vocab_size=size or 19,
+            hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+            num_threads=1,
         )
         model = sentencepiece.SentencePieceProcessor(
             model_file=str(tmp_path / f'{model_type}.model')

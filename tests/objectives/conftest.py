@@ -22,8 +22,13 @@ class Bench:
 
     def __init__(self, dropout: float = 0.0):
         self.config = ConformerConfig(
-            num_layers=1, model_dim=16, num_heads=2, kernel_size=3, dropout=dropout,
-            subsampling_channels=(2, 3), num_mels=MELS,
+            num_layers=1,
+            model_dim=16,
+            num_heads=2,
+            kernel_size=3,
+            dropout=dropout,
+            subsampling_channels=(2, 3),
+            num_mels=MELS,
         )
         self.audio = AudioConfig(num_mels=MELS)
         self.encoder = Encoder(self.config)
@@ -38,8 +43,12 @@ class Bench:
 
     def encode(self, params=None, deterministic=False, spec_augment=None) -> EncoderCall:
         return EncoderCall(
-            self.encoder, self.encoder_params if params is None else params, self.statistics,
-            self.audio, spec_augment, deterministic,
+            self.encoder,
+            self.encoder_params if params is None else params,
+            self.statistics,
+            self.audio,
+            spec_augment,
+            deterministic,
         )
 
     def init(self, objective):

@@ -141,8 +141,12 @@ def totals_of(code_counts, correct=0, masked=None):
     counts = np.atleast_2d(code_counts)
     masked = int(counts[0].sum()) if masked is None else masked
     return {
-        'loss': np.float32(2.0 * masked), 'weight': np.float32(masked), 'correct': correct,
-        'masked': masked, 'frames': 4 * masked, 'code_counts': counts,
+        'loss': np.float32(2.0 * masked),
+        'weight': np.float32(masked),
+        'correct': correct,
+        'masked': masked,
+        'frames': 4 * masked,
+        'code_counts': counts,
         'predicted_counts': np.eye(len(counts), counts.shape[1], dtype=int) * masked,
     }
 
@@ -231,11 +235,14 @@ def test_masked_tones_are_learnt(bench):
     assert last['predicted_perplexity'] > 2
 
 
-@pytest.mark.parametrize(('fields', 'message'), [
-    ({'codebook_size': 0}, 'codebook_size'),
-    ({'mask_start_probability': 1.5}, 'mask_start_probability'),
-    ({'mask_span_ms': 0}, 'mask_span_ms'),
-])
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'codebook_size': 0}, 'codebook_size'),
+        ({'mask_start_probability': 1.5}, 'mask_start_probability'),
+        ({'mask_span_ms': 0}, 'mask_span_ms'),
+    ],
+)
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         BestRQ(**fields)

@@ -133,7 +133,8 @@ def test_loss_is_that_of_the_predicted_logits(bench, batches):
     expected = sum(
         brute_force(
             np.asarray(logits, np.float64)[i][np.asarray(mask)[i]],
-            batch['labels'][i, : batch['label_counts'][i]], 0,
+            batch['labels'][i, : batch['label_counts'][i]],
+            0,
         )
         for i in range(2)
     )
@@ -148,11 +149,14 @@ def test_prediction_is_deterministic_in_spite_of_dropout(bench_with_dropout, bat
     np.testing.assert_array_equal(predict(params['head'], batch), predict(params['head'], batch))
 
 
-@pytest.mark.parametrize(('fields', 'message'), [
-    ({'normalise': 'token'}, 'normalise'),
-    ({'blank_id': 5}, 'blank_id'),
-    ({'dropout': 1.0}, 'dropout'),
-])
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'normalise': 'token'}, 'normalise'),
+        ({'blank_id': 5}, 'blank_id'),
+        ({'dropout': 1.0}, 'dropout'),
+    ],
+)
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         CTC(5, **fields)

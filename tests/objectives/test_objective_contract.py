@@ -58,8 +58,7 @@ def test_totals_and_gradients_add_over_any_split(bench, batches, objective):
     whole = bench.gradient(objective, params, constants, batch)
     for split in ([(0, 1), (2, 3)], [(3, 1), (0, 2)]):
         parts = [
-            bench.gradient(objective, params, constants, rows_of(batch, rows))
-            for rows in split
+            bench.gradient(objective, params, constants, rows_of(batch, rows)) for rows in split
         ]
         assert_close(jax.tree.map(lambda *x: np.sum(np.stack(x), axis=0), *parts), whole)
 

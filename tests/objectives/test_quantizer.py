@@ -44,17 +44,18 @@ def test_codes_ignore_scale_and_input_dtype_is_widened():
     np.testing.assert_array_equal(codes, quantize(features * 8, a, c))
     np.testing.assert_array_equal(codes, quantize(features, a, c * 3))
     half = jnp.asarray(features, jnp.bfloat16)
-    np.testing.assert_array_equal(
-        quantize(half, a, c), quantize(half.astype(jnp.float32), a, c)
-    )
+    np.testing.assert_array_equal(quantize(half, a, c), quantize(half.astype(jnp.float32), a, c))
 
 
-@pytest.mark.parametrize('shapes', [
-    ((1, 2, 12), (1, 11, 4), (1, 8, 4)),
-    ((1, 2, 12), (2, 12, 4), (1, 8, 4)),
-    ((1, 2, 12), (1, 12, 4), (1, 8, 5)),
-    ((1, 2, 12), (12, 4), (1, 8, 4)),
-])
+@pytest.mark.parametrize(
+    'shapes',
+    [
+        ((1, 2, 12), (1, 11, 4), (1, 8, 4)),
+        ((1, 2, 12), (2, 12, 4), (1, 8, 4)),
+        ((1, 2, 12), (1, 12, 4), (1, 8, 5)),
+        ((1, 2, 12), (12, 4), (1, 8, 4)),
+    ],
+)
 def test_shapes_that_do_not_fit_are_refused(shapes):
     with pytest.raises(ValueError, match='do not fit'):
         quantize(*[jnp.zeros(shape) for shape in shapes])

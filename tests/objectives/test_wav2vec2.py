@@ -48,6 +48,7 @@ def test_contrastive_loss_equals_numpy_and_ignores_the_rest():
     negatives = np.asarray(draw_negatives(keys_of([0, 1]), jnp.asarray(scored), 6))
     expected, right = np.zeros((2, 8)), np.zeros((2, 8), bool)
     for b, t in zip(*np.nonzero(scored), strict=True):
+
         def cosine(u, b=b, t=t):
             x, y = c[b, t].astype(np.float64), q[b, u].astype(np.float64)
             return x @ y / np.linalg.norm(x) / np.linalg.norm(y)
@@ -127,11 +128,14 @@ def test_health_notices_collapsed_targets(bench, batches):
     assert 'collapsed' in SMALL.health(summary)
 
 
-@pytest.mark.parametrize(('fields', 'message'), [
-    ({'num_negatives': 0}, 'num_negatives'),
-    ({'temperature': 0.0}, 'temperature'),
-    ({'mask_start_probability': 0.0}, 'mask_start_probability'),
-])
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'num_negatives': 0}, 'num_negatives'),
+        ({'temperature': 0.0}, 'temperature'),
+        ({'mask_start_probability': 0.0}, 'mask_start_probability'),
+    ],
+)
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         Wav2Vec2(**fields)

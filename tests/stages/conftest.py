@@ -108,9 +108,7 @@ class Recipe:
             env=self.environment(),
         )
 
-    def run(
-        self, workdir: pathlib.Path, *words: str, **given: str
-    ) -> subprocess.CompletedProcess:
+    def run(self, workdir: pathlib.Path, *words: str, **given: str) -> subprocess.CompletedProcess:
         """Runs `bigssl run` to its end."""
         process = self.start(workdir, *words, **given)
         try:

@@ -1,6 +1,6 @@
 """The whole recipe on tone speech (see conftest.py), small enough to train in seconds.
 
-    bigssl run --config tests/stages/tone_experiment.py:MANIFEST --workdir DIR
+bigssl run --config tests/stages/tone_experiment.py:MANIFEST --workdir DIR
 """
 
 import ml_collections
@@ -39,9 +39,9 @@ def get_config(manifest: str) -> ml_collections.ConfigDict:
     keep = ({'kind': 'empty'}, {'kind': 'confidence', 'percentile': 10.0})
     pseudo = {'selection': 'rest', 'labels': 'labels', 'filter': keep}
     config.stages = {
-        'supervised': finetune(120, {'labelled': labelled}),
-        'pretrain': pretrain(60),
-        'teacher': finetune(120, {'labelled': labelled}, init_from='pretrain'),
+        'supervised': finetune(140, {'labelled': labelled}),
+        'pretrain': pretrain(40),
+        'teacher': finetune(140, {'labelled': labelled}, init_from='pretrain'),
         'labels': {
             'kind': 'pseudo_label',
             'teacher': 'teacher',
@@ -51,7 +51,7 @@ def get_config(manifest: str) -> ml_collections.ConfigDict:
             'num_buckets': 1,
         },
         'student': finetune(
-            120, {'labelled': labelled, 'pseudo': pseudo}, init_from='pretrain', eval_every=60
+            140, {'labelled': labelled, 'pseudo': pseudo}, init_from='pretrain', eval_every=70
         ),
         'evaluate': {
             'kind': 'evaluate',
@@ -74,7 +74,7 @@ def pretrain(steps: int) -> dict:
         'steps': steps,
         'objectives': {'best_rq': {'objective': 'best_rq', 'stream': 'all', 'codebook_size': 64}},
         'streams': {'all': {'sources': {'all': {'selection': 'unlabelled'}}, **STREAM}},
-        **schedule(steps, 2e-3),
+        **schedule(steps, 5e-4),
     }
 
 
@@ -92,7 +92,7 @@ def finetune(steps: int, sources: dict, init_from: str = '', eval_every: int = 0
     }
 
 
-STREAM = {'batch_seconds': 20.0, 'num_buckets': 1, 'max_seconds': 4.0}
+STREAM = {'batch_seconds': 10.0, 'num_buckets': 1, 'max_seconds': 4.0}
 
 
 def schedule(steps: int, peak: float = 8e-3) -> dict:
@@ -101,5 +101,5 @@ def schedule(steps: int, peak: float = 8e-3) -> dict:
     return {
         'optimizer': {'groups': {'all': group}, 'ema_decay': 0.9},
         'log_every': 20,
-        'save_every': 40,
+        'save_every': 30,
     }

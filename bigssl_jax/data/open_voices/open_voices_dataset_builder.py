@@ -82,16 +82,19 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, entries: list[Entry]) -> Iterator[tuple[str, dict[str, Any]]]:
         for entry in entries:
-            yield entry.id, {
-                'id': entry.id,
-                'audio': pathlib.Path(entry.audio).read_bytes(),
-                'text': entry.text or '',
-                'has_text': entry.text is not None,
-                'speaker': entry.speaker,
-                'language': entry.language,
-                'domain': entry.domain,
-                'group': entry.group,
-                'seen': entry.seen,
-                'duration': entry.duration,
-                'licence': entry.licence,
-            }
+            yield (
+                entry.id,
+                {
+                    'id': entry.id,
+                    'audio': pathlib.Path(entry.audio).read_bytes(),
+                    'text': entry.text or '',
+                    'has_text': entry.text is not None,
+                    'speaker': entry.speaker,
+                    'language': entry.language,
+                    'domain': entry.domain,
+                    'group': entry.group,
+                    'seen': entry.seen,
+                    'duration': entry.duration,
+                    'licence': entry.licence,
+                },
+            )
