@@ -80,7 +80,7 @@ def prepare_corpora(context: Context) -> dict[str, Any]:
 
 
 def _manifest_entries(fields: Mapping[str, Any]) -> Any:
-    """A manifest's path; or its entries, missing splits drawn, test lines seen in training marked."""
+    """A manifest's path; or its entries, missing splits drawn, seen test lines marked."""
     if not fields['split_by']:
         return fields['manifest']
     from bigssl_jax.data.manifest import read_manifest

@@ -53,8 +53,8 @@ EXPERIMENT: dict[str, Any] = {
 
 CORPUS: dict[str, Any] = {
     'manifest': '',
-    # Splits for entries of a manifest that name none, drawn so that what shares a 'group', 'speaker'
-    # or 'id' stays together: 85 % train, 5 % dev, 10 % test.  '' keeps what the manifest says.
+    # Splits for entries of a manifest that name none, drawn so that one 'group', 'speaker' or 'id'
+    # stays together: 85 % train, 5 % dev, 10 % test.  '' keeps what the manifest says.
     'split_by': '',
     'tfds': '',
     'open_voices': (),
