@@ -17,7 +17,7 @@ docs/results.md.
 
 import ml_collections
 
-LABELLED_HOURS = 0.5
+LABELLED_HOURS = 1 / 6
 
 # Padded seconds of a step: on a CPU cost grows with audio, so small batches buy more updates.
 BATCH_SECONDS = 32.0
@@ -113,6 +113,7 @@ def pretrain(steps: int) -> dict:
                 'objective': 'best_rq',
                 'stream': 'unlabelled',
                 'codebook_size': 256,
+                'num_codebooks': 4,
                 'mask_span_ms': 120.0,
                 'mask_start_probability': 0.03,
             }

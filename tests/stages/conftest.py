@@ -1,7 +1,7 @@
 """Tone speech: a made-up language that a model of some thousand parameters learns in seconds.
 
     letter   120 ms of a tone with overtones   a e i steady, o rises, u falls
-    word     2 or 3 letters, then 100 ms of rest
+    word     2 or 3 letters, then 60 ms of rest
     speaker  a factor of every frequency, 0.9 to 1.1
     split    speakers of dev and test do not occur in train; `group` is the "scene"
 
@@ -30,7 +30,7 @@ SPLITS = {'train': (140, 5), 'dev': (8, 2), 'test': (12, 2)}  # utterances, spea
 
 def tone_speech(text: str, pitch: float, rng: np.random.Generator) -> np.ndarray:
     """What a speaker of that pitch factor says: float [S] at 16 kHz, quiet noise beneath."""
-    pieces = [np.zeros(int(0.1 * RATE))]
+    pieces = [np.zeros(int(0.05 * RATE))]
     for word in text.split():
         for letter in word:
             count = int(0.12 * RATE * rng.uniform(0.9, 1.1))
@@ -40,10 +40,10 @@ def tone_speech(text: str, pitch: float, rng: np.random.Generator) -> np.ndarray
             phase = 2 * np.pi * np.cumsum(frequency) / RATE
             overtones = np.arange(1, 7600 // frequency.max() + 1)[:, None]
             pieces.append(0.2 * fade * np.sum(np.sin(overtones * phase) / overtones, axis=0))
-        pieces.append(np.zeros(int(0.1 * RATE)))
+        pieces.append(np.zeros(int(0.06 * RATE)))
     sound = np.concatenate(pieces)
     # Rest up to one of two lengths: few shapes, so few programs to compile.
-    length = int((1.7 if len(text.split()) == 3 else 2.2) * RATE)
+    length = int((1.5 if len(text.split()) == 3 else 1.9) * RATE)
     sound = np.concatenate([sound, np.zeros(length - sound.size)])
     return sound + 0.003 * rng.standard_normal(length)
 
