@@ -17,6 +17,7 @@ docs/results.md.
 
 import ml_collections
 
+# With half an hour of labels, minutes of training never reach the point where labels are what lacks.
 LABELLED_HOURS = 1 / 6
 
 # Padded seconds of a step: on a CPU cost grows with audio, so small batches buy more updates.

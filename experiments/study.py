@@ -3,8 +3,8 @@
     bigssl run --config experiments/study.py --workdir runs/study
 
 Pre-trains on every recorded set that installs (about 13 hours in fourteen languages), fine-tunes on
-half an hour of one English game's lines, labels the rest of that game, trains a student, and scores
-on the game's held-out scenes and on telephone prompts whose voice and domain no stage has heard.
+half an hour of one voice, labels the rest of that voice, trains a student, and scores on held-out
+scenes and on telephone prompts whose voice and domain no stage has heard.
 
     study.py:seed=1                    another seed
     study.py:labelled_hours=1.0        more labels

@@ -8,8 +8,9 @@ from bigssl_jax.evaluation import cer, wer
 from bigssl_jax.stages.context import Context
 from bigssl_jax.stages.evaluate import transcribe_set
 from bigssl_jax.stages.recognition import Recogniser
-from bigssl_jax.stages.training_stage import Trainer, run_training
+from bigssl_jax.stages.training_stage import run_training
 from bigssl_jax.training.state import TrainState
+from bigssl_jax.training.trainer import Trainer
 
 
 def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,7 +3,7 @@
     letter   120 ms of a tone with overtones   a e i steady, o rises, u falls
     word     2 or 3 letters, then 60 ms of rest
     speaker  a factor of every frequency, 0.9 to 1.1
-    split    speakers of dev and test do not occur in train; `group` is the "scene"
+    split    speakers of dev and test do not occur in train
 
 The recipe over it (`tone_experiment.py`) runs once per test session, in a process of its own, the
 way a user runs it; tests look at what it left behind.
@@ -49,7 +49,7 @@ def tone_speech(text: str, pitch: float, rng: np.random.Generator) -> np.ndarray
 
 
 def write_corpus(folder: pathlib.Path) -> pathlib.Path:
-    """Writes 80 wav files and their manifest; returns the manifest."""
+    """Writes 160 wav files and their manifest; returns the manifest."""
     rng = np.random.default_rng(0)
     (folder / 'wav').mkdir(parents=True)
     lines = []

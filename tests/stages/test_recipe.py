@@ -69,8 +69,9 @@ def test_recorded_hashes_are_those_of_the_files(finished):
 
 def test_the_student_keeps_nine_tenths_of_the_labels_and_scores_every_test_line(finished):
     labels = finished.done['labels']['results']
-    assert labels['utterances'] + 24 >= 60 > labels['utterances']
-    assert sum(step['removed'] for step in labels['filter']) >= labels['utterances'] // 10
+    sizes = finished.done['prepare']['results']['selections']
+    assert labels['utterances'] == sizes['rest']['utterances'] == 140 - sizes['labelled']['utterances']
+    assert 1 <= sum(step['removed_rows'] for step in labels['filter']) <= labels['utterances'] // 5
     lines = (finished.workdir / 'evaluate' / 'hypotheses-test.jsonl').read_text().splitlines()
     models = [json.loads(line)['model'] for line in lines]
     assert {name: models.count(name) for name in models} == dict.fromkeys(scores(finished), 12)
@@ -78,8 +79,8 @@ def test_the_student_keeps_nine_tenths_of_the_labels_and_scores_every_test_line(
 
 def test_error_on_unheard_speakers_falls_far_below_one_hundred_percent(finished):
     by_model = scores(finished)
-    assert by_model['supervised']['cer']['value'] < 0.3
-    assert by_model['student']['cer']['value'] < 0.6
+    for name in ('supervised', 'teacher', 'student'):
+        assert by_model[name]['cer']['value'] < 0.4
     log = (finished.workdir / 'supervised' / 'metrics.jsonl').read_text().splitlines()
     losses = [json.loads(line)['loss'] for line in log]
     assert losses[-1] < 0.5 * losses[0]
@@ -113,10 +114,10 @@ def test_a_second_run_does_nothing_and_says_so(finished, config, capsys):
 
 def test_a_changed_config_is_refused_by_field_and_damages_nothing(finished, config):
     before = contents(finished.workdir)
-    config.stages['teacher']['steps'] = 121
-    with pytest.raises(ConfigError, match=r'fields\.steps: 120 -> 121.*--workdir'):
+    config.stages['teacher']['steps'] = 101
+    with pytest.raises(ConfigError, match=r'fields\.steps: 100 -> 101.*--workdir'):
         run_recipe(config, finished.workdir)
-    config.stages['teacher']['steps'] = 120
+    config.stages['teacher']['steps'] = 100
     config.seed = 4
     with pytest.raises(ConfigError, match=r'shared\.seed: 3 -> 4'):
         run_recipe(config, finished.workdir, stages=['evaluate'])

@@ -39,9 +39,9 @@ def get_config(manifest: str) -> ml_collections.ConfigDict:
     keep = ({'kind': 'empty'}, {'kind': 'confidence', 'percentile': 10.0})
     pseudo = {'selection': 'rest', 'labels': 'labels', 'filter': keep}
     config.stages = {
-        'supervised': finetune(140, {'labelled': labelled}),
+        'supervised': finetune(100, {'labelled': labelled}),
         'pretrain': pretrain(40),
-        'teacher': finetune(140, {'labelled': labelled}, init_from='pretrain'),
+        'teacher': finetune(100, {'labelled': labelled}, init_from='pretrain'),
         'labels': {
             'kind': 'pseudo_label',
             'teacher': 'teacher',
@@ -51,7 +51,7 @@ def get_config(manifest: str) -> ml_collections.ConfigDict:
             'num_buckets': 1,
         },
         'student': finetune(
-            140, {'labelled': labelled, 'pseudo': pseudo}, init_from='pretrain', eval_every=70
+            100, {'labelled': labelled, 'pseudo': pseudo}, init_from='pretrain', eval_every=50
         ),
         'evaluate': {
             'kind': 'evaluate',
@@ -74,7 +74,9 @@ def pretrain(steps: int) -> dict:
         'steps': steps,
         'objectives': {'best_rq': {'objective': 'best_rq', 'stream': 'all', 'codebook_size': 64}},
         'streams': {'all': {'sources': {'all': {'selection': 'unlabelled'}}, **STREAM}},
-        **schedule(steps, 5e-4),
+        # Few steps teach an encoder only to be constant, which is hard to unlearn: it may hardly
+        # move here, while the head learns how often each code occurs.
+        **schedule(steps, {'heads': ('^heads/', 5e-3), 'encoder': ('^encoder/', 2e-5)}),
     }
 
 
@@ -95,11 +97,14 @@ def finetune(steps: int, sources: dict, init_from: str = '', eval_every: int = 0
 STREAM = {'batch_seconds': 10.0, 'num_buckets': 1, 'max_seconds': 4.0}
 
 
-def schedule(steps: int, peak: float = 8e-3) -> dict:
+def schedule(steps: int, peaks: dict | None = None) -> dict:
     """A short, steep run that saves often enough to be killed between two checkpoints."""
-    group = {'peak': peak, 'warmup': steps // 8, 'schedule': 'cosine'}
+    groups = {
+        name: {'pattern': pattern, 'peak': peak, 'warmup': steps // 8, 'schedule': 'cosine'}
+        for name, (pattern, peak) in (peaks or {'all': ('.*', 8e-3)}).items()
+    }
     return {
-        'optimizer': {'groups': {'all': group}, 'ema_decay': 0.9},
+        'optimizer': {'groups': groups, 'ema_decay': 0.9},
         'log_every': 20,
         'save_every': 30,
     }

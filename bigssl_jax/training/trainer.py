@@ -1,0 +1,205 @@
+"""A training stage's model, losses and optimizer: everything about its step but the data.
+
+encoder, heads  ->  parameters     born sharded, the same bits on every mesh
+objectives      ->  terms          bound to the encoder, the front end and the augmentation
+groups          ->  optimizer      state laid out as the parameters are
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from bigssl_jax.audio import (
+    AudioConfig,
+    NoiseConfig,
+    SpecAugmentConfig,
+    SpeedConfig,
+    add_noise,
+    row_keys,
+    speed_perturb,
+)
+from bigssl_jax.config import ConfigError
+from bigssl_jax.models import ConformerConfig, Encoder
+from bigssl_jax.objectives import CTC, EncoderCall
+from bigssl_jax.objectives.encoder_call import named_key
+from bigssl_jax.parallel import logical_to_shardings, replicated, use_mesh
+from bigssl_jax.training.optimizers import make_optimizer, path_name
+from bigssl_jax.training.state import TrainState
+from bigssl_jax.training.step import StepSettings, Term, Totals, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """A stage's model, losses and optimizer: everything about its step but the data.
+
+    Attributes:
+      encoder: encoder config.
+      audio: front-end config.
+      objectives: name -> objective (frozen dataclass of the objectives room).
+      fields: the stage's resolved config fields.
+      seed: of the experiment.
+      mesh: devices.
+    """
+
+    encoder: ConformerConfig
+    audio: AudioConfig
+    objectives: Mapping[str, Any]
+    fields: Mapping[str, Any]
+    seed: int
+    mesh: jax.sharding.Mesh
+
+    def init_params(self, key: jax.Array) -> Any:
+        """Fresh parameters, boxed with their logical axes."""
+        features = jnp.zeros((1, 16, self.encoder.num_mels), jnp.float32)
+        mask = jnp.ones((1, 16), bool)
+        encoder = Encoder(self.encoder).init(jax.random.fold_in(key, 0), features, mask)['params']
+        heads = {
+            name: objective.init_params(named_key(key, name), self.encoder)
+            for name, objective in self.objectives.items()
+        }
+        return {'encoder': encoder, 'heads': heads}
+
+    @functools.cached_property
+    def _abstract_params(self) -> Any:
+        with use_mesh(self.mesh):
+            return jax.eval_shape(self.init_params, jax.random.key(0))
+
+    @functools.cached_property
+    def optimizer(self) -> tuple[optax.GradientTransformation, Any]:
+        """The combined direction, and the tree of group names."""
+        groups = self.fields['optimizer']['groups']
+        return make_optimizer(nn.unbox(self._abstract_params), groups)
+
+    def make_state(self, statistics: Mapping[str, np.ndarray]) -> TrainState:
+        """A fresh state, every array born where it will live."""
+        return jax.jit(self._make_state, out_shardings=self.shardings(statistics))(statistics)
+
+    def _make_state(self, statistics: Mapping[str, Any]) -> TrainState:
+        key = jax.random.key(self.seed)
+        with use_mesh(self.mesh):
+            params = nn.unbox(self.init_params(named_key(key, 'params')))
+        constants_key = named_key(key, 'constants')
+        heads = {
+            name: objective.init_constants(named_key(constants_key, name))
+            for name, objective in self.objectives.items()
+        }
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
+            params=params,
+            optimizer=self.optimizer[0].init(params),
+            ema=params if self.fields['optimizer']['ema_decay'] else {},
+            constants={'encoder': dict(statistics), 'heads': heads},
+        )
+
+    def shardings(self, statistics: Mapping[str, Any]) -> TrainState:
+        """A TrainState of shardings: optimizer and EMA leaves lie as their parameter does."""
+        params = logical_to_shardings(self._abstract_params, self.mesh)
+        known = {
+            path_name(path): (leaf.shape, sharding)
+            for (path, leaf), sharding in zip(
+                jax.tree_util.tree_leaves_with_path(nn.unbox(self._abstract_params)),
+                jax.tree.leaves(params),
+                strict=True,
+            )
+        }
+
+        def like_parameter(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
+            parts = path_name(path).split('/')
+            for start in range(len(parts)):
+                shape, sharding = known.get('/'.join(parts[start:]), (None, None))
+                if shape == leaf.shape:
+                    return sharding
+            return replicated(self.mesh)
+
+        abstract = jax.eval_shape(self._make_state, statistics)
+        return jax.tree_util.tree_map_with_path(like_parameter, abstract)
+
+    def abstract_state(self, statistics: Mapping[str, Any]) -> TrainState:
+        """Shapes, dtypes and shardings of the state, for restoring."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self._make_state, statistics),
+            self.shardings(statistics),
+        )
+
+    def _totals(
+        self, name: str, params: Any, constants: Any, batch: dict[str, jax.Array], key: jax.Array
+    ) -> Totals:
+        objective = self.objectives[name]
+        batch = self._perturb(batch, key)
+        call = EncoderCall(
+            encoder=Encoder(self.encoder),
+            params=params['encoder'],
+            constants=constants['encoder'],
+            audio=self.audio,
+            spec_augment=_config(self.fields, 'spec_augment'),
+            deterministic=False,
+        )
+        head = params['heads'][name]
+        return objective.totals(call, head, constants['heads'][name], batch, key)
+
+    def _perturb(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+        """The batch with its waveforms sped up or slowed down and noise added, if so configured."""
+        audio, counts = batch['audio'], batch['sample_counts']
+        speed, noise = _config(self.fields, 'speed_perturb'), _config(self.fields, 'noise')
+        if speed is not None:
+            keys = row_keys(named_key(key, 'speed'), batch['rows'])
+            audio, counts = speed_perturb(audio, counts, keys, speed)
+        if noise is not None:
+            keys = row_keys(named_key(key, 'noise'), batch['rows'])
+            audio = add_noise(audio, counts, keys, noise)
+        return {**batch, 'audio': audio, 'sample_counts': counts}
+
+    def train_step(self) -> Any:
+        """The jitted step, its state donated."""
+        optimizer, labels = self.optimizer
+        terms = tuple(
+            Term(name, functools.partial(self._totals, name), fields['weight'])
+            for name, fields in self.fields['objectives'].items()
+        )
+        given = self.fields['optimizer']
+        settings = StepSettings(given['clip_norm'], given['ema_decay'], given['micro_batches'])
+        return jax.jit(make_train_step(terms, optimizer, labels, settings), donate_argnums=0)
+
+    def transcript_head(self) -> str:
+        """The name of the CTC objective.
+
+        Raises:
+          ConfigError: the stage has none.
+        """
+        for name, objective in self.objectives.items():
+            if isinstance(objective, CTC):
+                return name
+        raise ConfigError('a stage with a dev set needs a ctc objective')
+
+    def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
+        """Readable metrics of all terms; `loss` is their weighted sum."""
+        metrics: dict[str, float] = {'loss': 0.0}
+        for name, objective in self.objectives.items():
+            summary = objective.summarise(totals[name])
+            metrics['loss'] += self.fields['objectives'][name]['weight'] * summary['loss']
+            metrics |= {f'{name}/{metric}': value for metric, value in summary.items()}
+        return metrics
+
+    def health(self, metrics: Mapping[str, float]) -> str | None:
+        """The first objective's advice, when one has collapsed."""
+        for name, objective in self.objectives.items():
+            own = {k.removeprefix(f'{name}/'): v for k, v in metrics.items() if k.startswith(name)}
+            advice = objective.health(own)
+            if advice:
+                return advice
+        return None
+
+
+def _config(fields: Mapping[str, Any], name: str) -> Any:
+    """The stage's augmentation config of that name, or None."""
+    kinds = {'spec_augment': SpecAugmentConfig, 'speed_perturb': SpeedConfig, 'noise': NoiseConfig}
+    return None if fields[name] is None else kinds[name](**fields[name])

@@ -1,0 +1,137 @@
+"""One device or eight, replicated or split: the same parameters at the start, the same losses.
+
+The device count cannot change in a running process, so one process with eight devices does all the
+comparisons, over meshes of 1 to 8 of them, and prints what it found as JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+REFERENCE = '1x1x1'
+MESHES = ('2x1x1', '1x4x1', '1x1x2', '8x1x1', '1x8x1', '2x2x2')
+
+SCRIPT = """
+import json, sys
+import jax, numpy as np
+from bigssl_jax.parallel import make_mesh, use_mesh
+from bigssl_jax.stages import schema
+from bigssl_jax.stages.training_stage import make_trainer
+from bigssl_jax.training.checkpoint import tree_hash
+from bigssl_jax.training.loop import to_devices
+
+ROWS, SECONDS, VOCABULARY, STEPS = 16, 1.0, 12, 2
+
+def config(micro_batches, dropout):
+    return schema.resolve({
+        'seed': 1,
+        'corpora': {'c': {'manifest': 'none'}},
+        'selections': {'all': {'corpus': 'c'}},
+        'statistics': {'selection': 'all'},
+        'audio': {'num_mels': 40},
+        'encoder': {'preset': 'tiny', 'num_layers': 2, 'model_dim': 32, 'num_heads': 4,
+                    'kernel_size': 5, 'subsampling_channels': (4, 8), 'num_mels': 40,
+                    'dropout': dropout},
+        'stages': {'all': {
+            'kind': 'pretrain',
+            'objectives': {
+                'best_rq': {'objective': 'best_rq', 'stream': 's', 'codebook_size': 64},
+                'wav2vec2': {'objective': 'wav2vec2', 'stream': 's', 'num_negatives': 10,
+                             'target_dim': 16},
+                'ctc': {'objective': 'ctc', 'stream': 's'},
+            },
+            'streams': {'s': {'sources': {'all': {'selection': 'all', 'labels': 'text'}}}},
+            'spec_augment': {'freq_width': 8},
+            'optimizer': {'micro_batches': micro_batches, 'ema_decay': 0.9},
+        }},
+    })
+
+def batch(step):
+    rng = np.random.default_rng(step)
+    samples = int(SECONDS * 16000)
+    counts = rng.integers(samples // 2, samples + 1, ROWS).astype(np.int32)
+    counts[-1] = 0  # a filler
+    envelope = 1 + np.sin(np.arange(samples) * rng.uniform(1e-3, 3e-3, (ROWS, 1)))
+    audio = 2000 * envelope * rng.standard_normal((ROWS, samples))
+    audio[np.arange(samples) >= counts[:, None]] = 0
+    labels = rng.integers(3, VOCABULARY, (ROWS, 6)).astype(np.int32)
+    return {'audio': audio.astype(np.int16), 'sample_counts': counts,
+            'rows': np.arange(ROWS, dtype=np.int32), 'labels': labels,
+            'label_counts': np.where(counts > 0, 6, 0).astype(np.int32)}
+
+STATISTICS = {'feature_mean': np.full(40, 10, np.float32), 'feature_std': np.full(40, 3, np.float32)}
+
+def run(mesh_name, micro_batches=1, dropout=0.1):
+    sizes = dict(zip(('data', 'fsdp', 'tensor'), map(int, mesh_name.split('x'))))
+    mesh = make_mesh(sizes, jax.devices()[:np.prod(list(sizes.values()))])
+    trainer = make_trainer(config(micro_batches, dropout), 'all', mesh, VOCABULARY)
+    state = trainer.make_state(STATISTICS)
+    split = [x for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated]
+    found = {
+        'params': tree_hash(state.params), 'constants': tree_hash(state.constants),
+        'split': sum(x.size for x in split) / sum(x.size for x in jax.tree.leaves(state.params)),
+        'losses': [], 'weights': [],
+    }
+    step, rates = trainer.train_step(), {'all': np.float32(3e-3)}
+    with use_mesh(mesh):
+        for number in range(STEPS):
+            whole = {name: batch(number) for name in trainer.objectives}
+            state, report = step(state, to_devices(whole, mesh), rates, jax.random.key(7))
+            totals = jax.device_get(report['totals'])
+            found['losses'].append({n: float(t['loss'] / t['weight']) for n, t in totals.items()})
+            found['weights'].append({n: float(t['weight']) for n, t in totals.items()})
+            found['finite'] = bool(report['finite'])
+    return found
+
+found = {name: run(name) for name in sys.argv[1:]}
+# Dropout takes one key per piece, so pieces compare without it.
+found['whole'], found['pieces'] = run('1x1x1', 1, 0.0), run('2x1x1', 2, 0.0)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope='module')
+def found():
+    """What every mesh gave: hashes of the initial state, losses and weights of two steps."""
+    environment = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+    done = subprocess.run(
+        [sys.executable, '-c', SCRIPT, REFERENCE, *MESHES],
+        capture_output=True, text=True, env=environment, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_initial_parameters_and_constants_have_the_same_bits_on_any_mesh(found, mesh):
+    assert found[mesh]['params'] == found[REFERENCE]['params']
+    assert found[mesh]['constants'] == found[REFERENCE]['constants']
+
+
+def test_an_fsdp_mesh_splits_nearly_all_parameters_and_a_data_mesh_none(found):
+    assert found['8x1x1']['split'] == 0.0
+    assert found['1x8x1']['split'] > 0.9
+    assert found['1x1x2']['split'] > 0.7
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_two_steps_give_the_losses_of_one_device(found, mesh):
+    for ours, reference in zip(found[mesh]['losses'], found[REFERENCE]['losses'], strict=True):
+        assert ours == pytest.approx(reference, rel=1e-4)
+    assert found[mesh]['weights'] == found[REFERENCE]['weights']
+    assert found[mesh]['finite']
+
+
+def test_the_second_step_follows_from_an_update(found):
+    first, second = found[REFERENCE]['losses']
+    assert set(first) == {'best_rq', 'wav2vec2', 'ctc'}
+    assert second['ctc'] < 0.95 * first['ctc']
+
+
+def test_two_micro_batches_on_two_devices_give_the_losses_of_one_whole_batch(found):
+    for ours, whole in zip(found['pieces']['losses'], found['whole']['losses'], strict=True):
+        assert ours == pytest.approx(whole, rel=1e-4)
+    assert found['pieces']['weights'] == found['whole']['weights']
