@@ -17,7 +17,7 @@ docs/results.md.
 
 import ml_collections
 
-# With half an hour of labels, minutes of training never reach the point where labels are what lacks.
+# With more, minutes of training do not reach the point where labels are what is lacking.
 LABELLED_HOURS = 1 / 6
 
 # Padded seconds of a step: on a CPU cost grows with audio, so small batches buy more updates.
