@@ -30,7 +30,7 @@ INSTALL_REQUIRES = [
     'tensorboard>=2.20,<3',
     # corpora and streams
     'tensorflow>=2.20,<2.22',
-    'tensorflow-datasets>=4.9.9,<5',
+    'tensorflow-datasets>=4.9.10,<5',
     'importlib_resources>=6.4,<8',  # TFDS imports it when it builds, and does not declare it
     'seqio>=0.0.20,<0.1',
     'sentencepiece>=0.2.1,<0.3',

@@ -159,7 +159,7 @@ class Trainer:
         return {**batch, 'audio': audio, 'sample_counts': counts}
 
     def train_step(self) -> Any:
-        """The jitted step, its state donated."""
+        """The jitted step: its state is donated, and lies after the step as it lay before."""
         optimizer, labels = self.optimizer
         terms = tuple(
             Term(name, functools.partial(self._totals, name), fields['weight'])
@@ -167,7 +167,16 @@ class Trainer:
         )
         given = self.fields['optimizer']
         settings = StepSettings(given['clip_norm'], given['ema_decay'], given['micro_batches'])
-        return jax.jit(make_train_step(terms, optimizer, labels, settings), donate_argnums=0)
+        statistics = {
+            name: jax.ShapeDtypeStruct((self.audio.num_mels,), jnp.float32)
+            for name in ('feature_mean', 'feature_std')
+        }
+        # Left to the compiler, the new state may lie otherwise, and step 2 would compile again.
+        return jax.jit(
+            make_train_step(terms, optimizer, labels, settings),
+            donate_argnums=0,
+            out_shardings=(self.shardings(statistics), None),
+        )
 
     def transcript_head(self) -> str:
         """The name of the CTC objective.

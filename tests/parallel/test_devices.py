@@ -1,7 +1,7 @@
 """One device or eight, replicated or split: the same parameters at the start, the same losses.
 
 The device count cannot change in a running process, so one process with eight devices does all the
-comparisons, over meshes of 1 to 8 of them, and prints what it found as JSON.
+comparisons, over meshes of 1, 2, 4 and 8 of them, and prints what it found as JSON.
 """
 
 import json
@@ -12,7 +12,12 @@ import sys
 import pytest
 
 REFERENCE = '1x1x1'
-MESHES = ('2x1x1', '1x4x1', '1x1x2', '8x1x1', '1x8x1', '2x2x2')
+MESHES = ('1x1x4', '8x1x1', '1x8x1', '2x2x2')  # data x fsdp x tensor
+# What is compared is the partitioning; code generation may be quick.
+FLAGS = (
+    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+    ' --xla_cpu_use_fusion_emitters=false'
+)
 
 SCRIPT = """
 import json, sys
@@ -75,6 +80,7 @@ def run(mesh_name, micro_batches=1, dropout=0.1):
         'split': sum(x.size for x in split) / sum(x.size for x in jax.tree.leaves(state.params)),
         'losses': [], 'weights': [],
     }
+    layout = jax.tree.map(lambda x: x.sharding, state)
     step, rates = trainer.train_step(), {'all': np.float32(3e-3)}
     with use_mesh(mesh):
         for number in range(STEPS):
@@ -84,6 +90,7 @@ def run(mesh_name, micro_batches=1, dropout=0.1):
             found['losses'].append({n: float(t['loss'] / t['weight']) for n, t in totals.items()})
             found['weights'].append({n: float(t['weight']) for n, t in totals.items()})
             found['finite'] = bool(report['finite'])
+    found['stays'] = jax.tree.map(lambda x: x.sharding, state) == layout
     return found
 
 found = {name: run(name) for name in sys.argv[1:]}
@@ -96,7 +103,7 @@ print(json.dumps(found))
 @pytest.fixture(scope='module')
 def found():
     """What every mesh gave: hashes of the initial state, losses and weights of two steps."""
-    environment = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+    environment = {**os.environ, 'XLA_FLAGS': FLAGS}
     done = subprocess.run(
         [sys.executable, '-c', SCRIPT, REFERENCE, *MESHES],
         capture_output=True, text=True, env=environment, timeout=280, check=False,
@@ -114,7 +121,7 @@ def test_initial_parameters_and_constants_have_the_same_bits_on_any_mesh(found, 
 def test_an_fsdp_mesh_splits_nearly_all_parameters_and_a_data_mesh_none(found):
     assert found['8x1x1']['split'] == 0.0
     assert found['1x8x1']['split'] > 0.9
-    assert found['1x1x2']['split'] > 0.7
+    assert found['1x1x4']['split'] > 0.7
 
 
 @pytest.mark.parametrize('mesh', MESHES)
@@ -123,6 +130,11 @@ def test_two_steps_give_the_losses_of_one_device(found, mesh):
         assert ours == pytest.approx(reference, rel=1e-4)
     assert found[mesh]['weights'] == found[REFERENCE]['weights']
     assert found[mesh]['finite']
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_the_state_lies_after_a_step_as_before_so_nothing_compiles_twice(found, mesh):
+    assert found[mesh]['stays']
 
 
 def test_the_second_step_follows_from_an_update(found):

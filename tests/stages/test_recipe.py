@@ -70,7 +70,9 @@ def test_recorded_hashes_are_those_of_the_files(finished):
 def test_the_student_keeps_nine_tenths_of_the_labels_and_scores_every_test_line(finished):
     labels = finished.done['labels']['results']
     sizes = finished.done['prepare']['results']['selections']
-    assert labels['utterances'] == sizes['rest']['utterances'] == 140 - sizes['labelled']['utterances']
+    assert (
+        labels['utterances'] == sizes['rest']['utterances'] == 140 - sizes['labelled']['utterances']
+    )
     assert 1 <= sum(step['removed_rows'] for step in labels['filter']) <= labels['utterances'] // 5
     lines = (finished.workdir / 'evaluate' / 'hypotheses-test.jsonl').read_text().splitlines()
     models = [json.loads(line)['model'] for line in lines]

@@ -1,0 +1,1 @@
+"""Training: one step, one loop, and what they need: state, optimizers, checkpoints, metrics."""

@@ -1,0 +1,214 @@
+"""The loop on a toy problem: it resumes to the same bits, survives NaN, stops when asked.
+
+The toy is a least-squares fit; batch k is a pure function of k, as with a real stream.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigssl_jax.parallel import make_mesh
+from bigssl_jax.training.checkpoint import Checkpointer, tree_hash
+from bigssl_jax.training.loop import LoopSettings, Run, TrainingFailed, train
+from bigssl_jax.training.optimizers import GROUP_DEFAULTS, make_optimizer, make_schedules
+from bigssl_jax.training.signals import Stopped, StopRequest
+from bigssl_jax.training.state import TrainState
+from bigssl_jax.training.step import StepSettings, Term, make_train_step
+
+GROUPS = {'all': {**GROUP_DEFAULTS, 'peak': 0.05, 'warmup': 2, 'schedule': 'constant'}}
+STEPS = 12
+
+
+class Toy:
+    """A stream whose batches `bad` hold NaN; `at` is called before batch k is given out."""
+
+    def __init__(self, bad=(), at=None):
+        self.bad, self.at, self.asked = set(bad), at, []
+
+    @contextlib.contextmanager
+    def batches(self, start):
+        yield map(self._batch, itertools.count(start))
+
+    def _batch(self, k):
+        self.asked.append(k)
+        if self.at:
+            self.at(k)
+        x = np.random.default_rng(k).normal(size=(4, 3)).astype(np.float32)
+        y = x @ np.float32([1, -2, 3]) + (np.float32(np.nan) if k in self.bad else 0)
+        return {
+            'x': x, 'y': y, 'audio': np.zeros((4, 16000), np.int16),
+            'sample_counts': np.full(4, 8000, np.int32), 'utterances': np.arange(4),
+        }  # fmt: skip
+
+
+def totals(params, constants, batch, key):
+    error = batch['x'] @ params['kernel'] - batch['y']
+    # Noise that follows from the step's key: resuming must draw the same.
+    error += 0.01 * jax.random.normal(key, error.shape)
+    return {'loss': jnp.sum(error**2), 'weight': jnp.float32(error.size)}
+
+
+def make_state():
+    params = {'kernel': jnp.zeros(3)}
+    optimizer, _ = make_optimizer(params, GROUPS)
+    return TrainState(
+        step=jnp.int32(0), skipped=jnp.int32(0), params=params,
+        optimizer=optimizer.init(params), ema=jax.tree.map(jnp.copy, params), constants={},
+    )  # fmt: skip
+
+
+def make_run(directory, stream, **given):
+    state = jax.eval_shape(make_state)
+    optimizer, labels = make_optimizer(state.params, GROUPS)
+    step = make_train_step((Term('toy', totals, 1.0),), optimizer, labels, StepSettings(0.0, 0.9))
+    fields = dict(
+        name='toy',
+        directory=directory,
+        mesh=make_mesh({'data': 1}, jax.devices()[:1]),
+        train_step=jax.jit(step, donate_argnums=0),
+        streams={'toy': stream},
+        schedules=make_schedules(GROUPS, STEPS),
+        key=jax.random.key(5),
+        summarise=lambda t: {'loss': float(t['toy']['loss']) / float(t['toy']['weight'])},
+        health=lambda metrics: None,
+    )
+    return Run(**{**fields, **given})
+
+
+SETTINGS = LoopSettings(steps=STEPS, log_every=2, save_every=5)
+
+
+def go(directory, stream=None, settings=SETTINGS, stop=None, **given):
+    directory.mkdir(exist_ok=True)
+    checkpointer = Checkpointer(directory / 'checkpoints', 2, {'config': 'toy'})
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make_state()
+    )
+    try:
+        return train(
+            make_run(directory, stream or Toy(), **given), settings, make_state, abstract,
+            checkpointer, stop or StopRequest(), tensorboard=False,
+        )  # fmt: skip
+    finally:
+        checkpointer.close()
+
+
+def saved(directory):
+    return sorted(int(p.name) for p in (directory / 'checkpoints').iterdir())
+
+
+def log(directory):
+    return [json.loads(line) for line in (directory / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_training_fits_and_logs_and_saves_the_last_step(tmp_path):
+    state = go(tmp_path / 'a')
+    lines = log(tmp_path / 'a')
+    assert [line['step'] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert lines[-1]['loss'] < lines[0]['loss']
+    assert lines[0]['padding_fraction'] == pytest.approx(0.5)
+    assert saved(tmp_path / 'a') == [10, 12]
+    assert int(state.step) == STEPS
+
+
+@pytest.mark.parametrize('broken_at', [3, 7, 11])
+def test_a_run_that_broke_off_resumes_at_its_checkpoint_to_the_same_bits(tmp_path, broken_at):
+    whole = go(tmp_path / 'whole')
+
+    def fail(k):
+        if k == broken_at:
+            raise RuntimeError('power cut')
+
+    with pytest.raises(RuntimeError, match='power cut'):
+        go(tmp_path / 'broken', Toy(at=fail))
+    resumed = Toy()
+    state = go(tmp_path / 'broken', resumed)
+    assert resumed.asked[0] == broken_at // 5 * 5
+    assert tree_hash(state) == tree_hash(whole)
+    # The lines after the restored step were dropped and written again, none is missing or double.
+    assert [x['step'] for x in log(tmp_path / 'broken')] == [
+        x['step'] for x in log(tmp_path / 'whole')
+    ]
+    ours, theirs = log(tmp_path / 'broken'), log(tmp_path / 'whole')
+    assert ours[-1]['loss'] == theirs[-1]['loss']
+
+
+def test_a_finished_run_asks_for_no_batch(tmp_path):
+    first = go(tmp_path / 'a')
+    stream = Toy()
+    again = go(tmp_path / 'a', stream)
+    assert stream.asked == []
+    assert tree_hash(again) == tree_hash(first)
+
+
+def test_a_stop_request_saves_raises_and_the_same_call_continues(tmp_path):
+    whole = go(tmp_path / 'whole')
+    stop = StopRequest()
+
+    def ask(k):
+        stop.requested = stop.requested or k == 6
+
+    with pytest.raises(Stopped, match='toy stopped after step 7; the same command continues'):
+        go(tmp_path / 'a', Toy(at=ask), stop=stop)
+    assert saved(tmp_path / 'a')[-1] == 7
+    stream = Toy()
+    assert tree_hash(go(tmp_path / 'a', stream)) == tree_hash(whole)
+    assert stream.asked[0] == 7
+
+
+def test_a_stop_request_in_the_last_step_ends_the_run_as_finished(tmp_path):
+    stop = StopRequest()
+    stop.requested = True
+    settings = dataclasses.replace(SETTINGS, steps=1)
+    assert int(go(tmp_path / 'a', settings=settings, stop=stop).step) == 1
+
+
+def test_batches_with_nan_are_skipped_and_counted(tmp_path):
+    state = go(tmp_path / 'a', Toy(bad=(2, 3, 8)))
+    assert int(state.skipped) == 3
+    assert log(tmp_path / 'a')[-1]['skipped'] == 3
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+    lines = (tmp_path / 'a' / 'metrics.jsonl').read_text()
+    assert 'NaN' not in lines, 'NaN is not JSON'
+    finite = [line['loss'] for line in log(tmp_path / 'a') if line['loss'] is not None]
+    assert all(map(math.isfinite, finite)) and finite[-1] < finite[0]
+
+
+def test_more_skipped_steps_than_allowed_end_the_run_with_advice(tmp_path):
+    settings = dataclasses.replace(SETTINGS, max_skipped=2)
+    with pytest.raises(TrainingFailed, match=r'3 steps .*\(allowed: 2\).*learning rate'):
+        go(tmp_path / 'a', Toy(bad=(1, 4, 5)), settings)
+
+
+def test_a_collapsed_objective_ends_the_run_with_its_advice(tmp_path):
+    with pytest.raises(TrainingFailed, match='toy, step 2: all codes are one'):
+        go(tmp_path / 'a', health=lambda metrics: 'all codes are one')
+
+
+def test_dev_metrics_appear_every_eval_every_steps_and_at_the_end(tmp_path):
+    settings = dataclasses.replace(SETTINGS, eval_every=5)
+    go(tmp_path / 'a', settings=settings, evaluate=lambda state: {'dev': int(state.step)})
+    assert {x['step']: x['dev'] for x in log(tmp_path / 'a') if 'dev' in x} == {
+        5: 5,
+        10: 10,
+        12: 12,
+    }
+
+
+def test_time_passed_saves_between_the_steps_that_save(tmp_path):
+    settings = dataclasses.replace(SETTINGS, save_every=1000, save_minutes=0.0)
+
+    def fail(k):
+        if k == 4:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        go(tmp_path / 'a', Toy(at=fail), settings)
+    assert saved(tmp_path / 'a')[-1] == 4
