@@ -14,12 +14,14 @@ The state of a stage is initialised, in this order of precedence:
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bigssl_jax.config import UserError
@@ -159,12 +161,15 @@ def to_devices(batches: Mapping[str, dict], mesh: jax.sharding.Mesh) -> dict[str
 
 
 class Window:
-    """Totals since the last log line, summed on the devices so that no step waits for the host."""
+    """Totals since the last log line, summed on the devices so that no step waits for the host.
+
+    Steps that were skipped count for nothing: one NaN would hide what the other steps did.
+    """
 
     def __init__(self, run: Run, settings: LoopSettings, start: int):
         self._run, self._settings = run, settings
         self._progress = Progress(run.name, settings.steps, start, run.later_audio_seconds)
-        self._add = jax.jit(lambda a, b: jax.tree.map(lambda x, y: x + y, a, b))
+        self._add = jax.jit(_add_finite)
         self._reset(start)
 
     def _reset(self, step: int) -> None:
@@ -175,8 +180,7 @@ class Window:
 
     def add(self, report: Mapping[str, Any], batches: Mapping[str, dict]) -> None:
         """Adds one step's report; `batches` are this host's, for the seconds of audio."""
-        kept = {'totals': report['totals'], 'norm': report['grad_norm']}
-        self._totals = kept if self._totals is None else self._add(self._totals, kept)
+        self._totals = self._add(self._totals, report)
         for batch in batches.values():
             self._audio += float(batch['sample_counts'].sum()) / 16000
             self._padded += batch['audio'].size / 16000
@@ -187,26 +191,34 @@ class Window:
         totals = jax.device_get(self._totals)
         seconds = time.monotonic() - self._started
         steps = step - self._first
-        metrics = self._run.summarise(totals['totals'])
+        finite = int(totals['finite'])
+        metrics = self._run.summarise(totals['totals']) if finite else {}
         metrics |= {f'rate/{name}': float(rate) for name, rate in rates.items()}
         metrics |= {
-            'grad_norm': float(totals['norm']) / steps,
+            'grad_norm': float(totals['grad_norm']) / max(finite, 1),
             'skipped': int(state.skipped),
             'step_seconds': seconds / steps,
             'input_wait_seconds': self.wait_seconds / steps,
             'audio_seconds_per_second': self._audio / seconds,
             'padding_fraction': 1.0 - self._audio / max(self._padded, 1e-9),
         }
-        self._progress.show(
-            step, metrics['loss'], metrics['audio_seconds_per_second'], self._audio / steps
-        )
+        loss = metrics.get('loss', math.nan)
+        self._progress.show(step, loss, metrics['audio_seconds_per_second'], self._audio / steps)
         if metrics['skipped'] > self._settings.max_skipped:
             raise TrainingFailed(
                 f'{self._run.name}: {metrics["skipped"]} steps had a loss or gradient that was not'
                 f' finite (allowed: {self._settings.max_skipped}); lower the peak learning rate'
             )
-        advice = self._run.health(metrics)
+        advice = self._run.health(metrics) if finite else None
         if advice:
             raise TrainingFailed(f'{self._run.name}, step {step}: {advice}')
         self._reset(step)
         return metrics
+
+
+def _add_finite(total: Any, report: dict[str, Any]) -> dict[str, Any]:
+    """`total` (None: nothing yet) plus a step's report, or plus zeros if it was not finite."""
+    finite = report['finite']
+    report = {**report, 'finite': jnp.int32(1)}
+    kept = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), report)
+    return kept if total is None else jax.tree.map(jnp.add, total, kept)

@@ -67,7 +67,8 @@ def batch(step):
             'rows': np.arange(ROWS, dtype=np.int32), 'labels': labels,
             'label_counts': np.where(counts > 0, 6, 0).astype(np.int32)}
 
-STATISTICS = {'feature_mean': np.full(40, 10, np.float32), 'feature_std': np.full(40, 3, np.float32)}
+STATISTICS = {'feature_mean': np.full(40, 10, np.float32),
+              'feature_std': np.full(40, 3, np.float32)}
 
 def run(mesh_name, micro_batches=1, dropout=0.1):
     sizes = dict(zip(('data', 'fsdp', 'tensor'), map(int, mesh_name.split('x'))))

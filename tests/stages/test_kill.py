@@ -1,4 +1,4 @@
-"""Killed anywhere, stopped politely, started again: the same bits as a run that nothing disturbed."""
+"""Killed anywhere, stopped politely, started again: the bits of a run that nothing disturbed."""
 
 import dataclasses
 import json

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigssl_jax.training.checkpoint import CheckpointError, Checkpointer, tree_hash
+from bigssl_jax.training.checkpoint import Checkpointer, CheckpointError, tree_hash
 from bigssl_jax.training.state import TrainState
 
 IDENTITY = {'config': 'c0ffee', 'stream of ctc': 'feed'}

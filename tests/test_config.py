@@ -1,0 +1,211 @@
+"""A mistake in an experiment stops it before any work, in a line that names field and cure."""
+
+import importlib.util
+import json
+import pathlib
+
+import ml_collections
+import pytest
+
+from bigssl_jax import config as config_lib
+from bigssl_jax.config import ConfigError
+from bigssl_jax.stages import schema
+
+ROOT = pathlib.Path(__file__).parent.parent
+EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
+
+
+def experiment() -> dict:
+    """A config that resolves, with a stage of every kind."""
+    stream = {'sources': {'a': {'selection': 'train', 'labels': 'text'}}}
+    ctc = {'ctc': {'objective': 'ctc', 'stream': 's'}}
+    return {
+        'corpora': {'mine': {'manifest': 'speech.jsonl'}},
+        'selections': {'train': {'corpus': 'mine'}, 'rest': {'corpus': 'mine', 'exclude': ('train',)}},
+        'tokenizer': {'selection': 'train'},
+        'statistics': {'selection': 'train'},
+        'encoder': {'preset': 'tiny'},
+        'stages': {
+            'base': {
+                'kind': 'pretrain',
+                'objectives': {'rq': {'objective': 'best_rq', 'stream': 's'}},
+                'streams': {'s': {'sources': {'a': {'selection': 'train'}}}},
+            },
+            'teacher': {
+                'kind': 'finetune', 'objectives': ctc, 'streams': {'s': stream},
+                'init_from': 'base', 'dev': 'rest',
+            },
+            'labels': {'kind': 'pseudo_label', 'teacher': 'teacher', 'selection': 'rest'},
+            'student': {
+                'kind': 'finetune', 'objectives': ctc,
+                'streams': {'s': {'sources': {'b': {'selection': 'rest', 'labels': 'labels'}}}},
+            },
+            'score': {'kind': 'evaluate', 'models': ('student',), 'sets': {'x': 'rest'}},
+        },
+        'recipe': ('base', 'teacher', 'labels', 'student', 'score'),
+    }  # fmt: skip
+
+
+def changed(path: str, value) -> dict:
+    """The experiment with one field set, named by its path with dots."""
+    config = experiment()
+    *groups, last = path.split('.')
+    node = config
+    for name in groups:
+        node = node.setdefault(name, {})
+    node[last] = value
+    return config
+
+
+def test_the_experiment_of_these_tests_resolves_and_resolving_again_changes_nothing():
+    once = schema.resolve(experiment())
+    assert schema.resolve(once) == once
+    assert once['stages']['teacher']['optimizer']['groups']['all']['algorithm'] == 'adamw'
+    assert once['encoder']['num_layers'] == 4
+
+
+@pytest.mark.parametrize(
+    ('path', 'told'),
+    [
+        ('sede', "sede: did you mean 'seed'?"),
+        ('encoder.num_layer', "encoder.num_layer: did you mean 'num_layers'?"),
+        ('audio.window', "audio.window: did you mean 'window"),
+        ('corpora.mine.manifst', "corpora.mine.manifst: did you mean 'manifest'?"),
+        ('stages.base.step', "stages.base.step: did you mean 'steps'?"),
+        ('stages.base.optimizer.clipnorm', "optimizer.clipnorm: did you mean 'clip_norm'?"),
+        ('stages.base.optimizer.groups.all.peek', "groups.all.peek: did you mean 'peak'?"),
+        ('stages.base.objectives.rq.codebok_size', "did you mean 'codebook_size'?"),
+        ('stages.base.streams.s.batch_second', "did you mean 'batch_seconds'?"),
+        ('stages.teacher.spec_augment.freq_masc', "did you mean 'freq_masks'?"),
+        ('stages.labels.techer', "stages.labels.techer: did you mean 'teacher'?"),
+        ('stages.base.zzz', 'allowed: dev, eval_every'),
+    ],
+)
+def test_an_unknown_field_names_the_nearest(path, told):
+    with pytest.raises(ConfigError) as error:
+        schema.resolve(changed(path, 1))
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'told'),
+    [
+        ('seed', 'one', r"seed is 'one' \(str\); it must be a int"),
+        ('seed', True, 'seed is True; it must be a number'),
+        ('stages.base.steps', 2.5, r'stages.base.steps is 2.5 \(float\); it must be a int'),
+        ('stages.base.optimizer', 3, 'optimizer is 3; it must be a group of fields'),
+        ('corpora.mine', 'speech.jsonl', 'corpora.mine is .*; it must be a group'),
+        ('corpora', {}, 'corpora is empty'),
+        ('corpora.mine.split_by', 'sex', "split_by is 'sex'; allowed: '', 'group'"),
+        ('encoder.preset', 'huge', "preset is 'huge'; allowed: 'tiny'"),
+        ('encoder.dropout', 1.5, 'dropout is 1.5; allowed: 0 up to below 1'),
+        ('encoder.num_heads', 5, 'not a multiple of'),
+        ('stages.base.kind', 'train', "kind is 'train'; allowed: 'pretrain', 'finetune'"),
+        ('stages.base.objectives', {}, 'objectives is empty'),
+        ('stages.base.objectives.rq.objective', 'bert', "objective is 'bert'; allowed: 'best_rq'"),
+        ('stages.base.objectives.rq.codebook_size', 0, 'codebook_size is 0; it must be >= 1'),
+        ('stages.base.streams.s.sources', {}, 'sources is empty'),
+        ('recipe', 'base', 'recipe is .*; it must be a list'),
+    ],
+)  # fmt: skip
+def test_a_wrong_type_or_value_says_what_is_allowed(path, value, told):
+    with pytest.raises(ConfigError, match=told):
+        schema.resolve(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'told'),
+    [
+        ('selections.train.corpus', 'mein', "corpora.mein: did you mean 'mine'?"),
+        ('selections.rest.exclude', ('trian',), "selections.rest.exclude is 'trian'"),
+        ('statistics.selection', 'dev', "statistics.selection is 'dev', which is not defined"),
+        ('tokenizer.selection', 'dev', "tokenizer.selection is 'dev', which is not defined"),
+        ('stages.base.objectives.rq.stream', 't', 'stages.base.streams.t'),
+        ('stages.base.streams.s.sources.a.selection', 'no', r"sources.a is 'no', .*\['rest', 'tr"),
+        ('stages.teacher.dev', 'dev', "stages.teacher.dev is 'dev', which is not defined"),
+        ('stages.teacher.init_from', 'bass', "stages.teacher needs stage 'bass'"),
+        ('stages.labels.teacher', 'student', "stages.labels needs stage 'student', .* not before"),
+        ('stages.score.models', ('techer',), "stages.score needs stage 'techer'"),
+        ('stages.score.sets.x', 'exam', "stages.score.sets.x is 'exam'"),
+        ('recipe', ('base', 'teach'), "recipe is 'teach', which is not defined"),
+        ('recipe', ('teacher', 'base'), "stages.teacher needs stage 'base', .* not before"),
+        ('stages.score.compare', (('student', 'teacher'),), "compare.*'teacher'"),
+        ('encoder.num_mels', 128, 'encoder.num_mels is 128.*audio.num_mels'),
+    ],
+)  # fmt: skip
+def test_a_reference_to_nothing_says_what_there_is(path, value, told):
+    with pytest.raises(ConfigError, match=told):
+        schema.resolve(changed(path, value))
+
+
+def test_a_misspelt_field_of_a_selection_is_found_before_any_work():
+    with pytest.raises(ConfigError, match="selections.train.split: did you mean 'splits'"):
+        schema.resolve(changed('selections.train.split', ('train',)))
+
+
+def test_integers_are_taken_as_floats_and_lists_as_tuples():
+    config = changed('stages.base.optimizer.clip_norm', 1)
+    config['recipe'] = list(config['recipe'])
+    resolved = schema.resolve(config)
+    assert resolved['stages']['base']['optimizer']['clip_norm'] == 1.0
+    assert isinstance(resolved['stages']['base']['optimizer']['clip_norm'], float)
+    assert resolved['recipe'] == tuple(config['recipe'])
+
+
+def test_the_hash_follows_from_the_content_alone():
+    config = experiment()
+    turned = {name: config[name] for name in reversed(config)}
+    plain = config_lib.config_hash(config)
+    assert plain == config_lib.config_hash(turned)
+    assert plain == config_lib.config_hash(ml_collections.ConfigDict(config))
+    assert plain != config_lib.config_hash(changed('stages.base.steps', 1001))
+
+
+def test_a_stage_is_identified_by_itself_and_by_all_before_it_but_not_after():
+    base = schema.resolve(experiment())
+    other = schema.resolve(changed('stages.base.steps', 7))
+    for stage, same in (('base', False), ('teacher', False), ('labels', False), ('prepare', True)):
+        equal = schema.identity_of(base, stage) == schema.identity_of(other, stage)
+        assert equal is same, stage
+    later = schema.resolve(changed('stages.score.report_clips', 0))
+    for stage in ('base', 'teacher', 'labels', 'student'):
+        assert schema.identity_of(base, stage) == schema.identity_of(later, stage)
+
+
+@pytest.mark.parametrize(
+    ('text', 'told'),
+    [
+        (None, 'no file'),
+        ('x = 1\n', r'defines no get_config\(arg\)'),
+        ('def get_config(:\n', 'experiment.py:1'),
+        ('import nonsense_module_name\n', 'nonsense_module_name'),
+    ],
+)
+def test_a_file_that_cannot_be_loaded_is_a_config_error(tmp_path, text, told):
+    path = tmp_path / 'experiment.py'
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        config_lib.load(str(path))
+
+
+def test_a_file_that_is_not_python_and_one_with_an_argument(tmp_path):
+    (tmp_path / 'a.txt').write_text('hello')
+    with pytest.raises(ConfigError, match='not a Python file'):
+        config_lib.load(str(tmp_path / 'a.txt'))
+    path = tmp_path / 'a.py'
+    path.write_text('def get_config(argument="none"):\n    return {"name": argument}\n')
+    assert config_lib.load(f'{path}:x=1,y=2') == {'name': 'x=1,y=2'}
+    assert config_lib.load(str(path)) == {'name': 'none'}
+
+
+@pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda path: path.stem)
+def test_the_resolved_text_of_every_experiment_is_the_committed_one(path):
+    golden = ROOT / 'tests' / 'golden'
+    spec = importlib.util.spec_from_file_location('regenerate', golden / 'regenerate.py')
+    regenerate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(regenerate)
+    committed = golden / f'{path.stem}.json'
+    assert committed.exists(), 'run: python tests/golden/regenerate.py'
+    now, then = json.loads(regenerate.resolved(path)), json.loads(committed.read_text())
+    assert now == then, 'meant? then run: python tests/golden/regenerate.py, and commit the diff'
