@@ -47,7 +47,7 @@ quickstart: .venv/installed
 	$(HUGE_PAGES) $(BIN)/bigssl run --config $(CONFIG)$(if $(CORPUS),:$(CORPUS)) --workdir $(WORKDIR)
 
 test: lint
-	$(BIN)/python -m pytest -q $(TESTS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -q -m slow $(TESTS)
@@ -62,7 +62,7 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 benchmark: .venv/installed
-	$(BIN)/python benchmarks/train_step.py
+	$(HUGE_PAGES) $(BIN)/python benchmarks/train_step.py
 
 lock:
 	rm -rf .venv-lock

@@ -71,6 +71,7 @@ def make_ours(objective: str, remat: str, parts: bool) -> tuple[Callable[[], Non
     from bigssl_jax.stages.training_stage import make_trainer
 
     fields: dict[str, Any] = {'objective': objective, 'stream': 'noise'}
+    source = {'selection': 'noise', 'labels': 'text' if objective == 'ctc' else ''}
     encoder = {'preset': 'small', 'dropout': DROPOUT} | ({'remat': remat} if remat else {})
     config = schema.resolve(
         {
@@ -82,7 +83,7 @@ def make_ours(objective: str, remat: str, parts: bool) -> tuple[Callable[[], Non
                 'step': {
                     'kind': 'pretrain' if objective == 'best_rq' else 'finetune',
                     'objectives': {objective: fields},
-                    'streams': {'noise': {'sources': {'noise': {'selection': 'noise'}}}},
+                    'streams': {'noise': {'sources': {'noise': source}}},
                 }
             },
         }

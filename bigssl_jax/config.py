@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import pathlib
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ def load(path_and_argument: str) -> ml_collections.ConfigDict:
     """Loads `FILE.py` or `FILE.py:ARG` by calling its `get_config(ARG)`.
 
     Raises:
-      ConfigError: the file is missing, is not Python, or has no `get_config`.
+      ConfigError: the file is missing, is not Python, has no `get_config`, or fails.
     """
     path_text, _, argument = path_and_argument.partition(':')
     path = pathlib.Path(path_text)
@@ -43,10 +44,28 @@ def load(path_and_argument: str) -> ml_collections.ConfigDict:
     if spec is None or spec.loader is None:
         raise ConfigError(f'--config: {path_text!r} is not a Python file (.py)')
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, 'get_config'):
-        raise ConfigError(f'--config: {path_text!r} defines no get_config(arg)')
-    return module.get_config(argument) if argument else module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, 'get_config'):
+            raise ConfigError(f'--config: {path_text!r} defines no get_config(arg)')
+        return module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigError(f'--config: {_place(path, error)}: {_reason(error)}') from error
+
+
+def _place(path: pathlib.Path, error: Exception) -> str:
+    """`FILE:LINE` of the deepest line of `path` that `error` came through."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    if isinstance(error, SyntaxError):
+        lines = [error.lineno]
+    return f'{path}:{lines[-1]}' if lines else str(path)
+
+
+def _reason(error: Exception) -> str:
+    """The error without its own mention of file and line."""
+    return f'{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}'
 
 
 def unknown_field(field: str, name: str, allowed: Iterable[str]) -> ConfigError:

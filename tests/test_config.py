@@ -21,7 +21,10 @@ def experiment() -> dict:
     ctc = {'ctc': {'objective': 'ctc', 'stream': 's'}}
     return {
         'corpora': {'mine': {'manifest': 'speech.jsonl'}},
-        'selections': {'train': {'corpus': 'mine'}, 'rest': {'corpus': 'mine', 'exclude': ('train',)}},
+        'selections': {
+            'train': {'corpus': 'mine'},
+            'rest': {'corpus': 'mine', 'exclude': ('train',)},
+        },
         'tokenizer': {'selection': 'train'},
         'statistics': {'selection': 'train'},
         'encoder': {'preset': 'tiny'},
@@ -52,7 +55,9 @@ def changed(path: str, value) -> dict:
     *groups, last = path.split('.')
     node = config
     for name in groups:
-        node = node.setdefault(name, {})
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
     node[last] = value
     return config
 
@@ -69,7 +74,7 @@ def test_the_experiment_of_these_tests_resolves_and_resolving_again_changes_noth
     [
         ('sede', "sede: did you mean 'seed'?"),
         ('encoder.num_layer', "encoder.num_layer: did you mean 'num_layers'?"),
-        ('audio.window', "audio.window: did you mean 'window"),
+        ('audio.window_msec', "audio.window_msec: did you mean 'window_ms'?"),
         ('corpora.mine.manifst', "corpora.mine.manifst: did you mean 'manifest'?"),
         ('stages.base.step', "stages.base.step: did you mean 'steps'?"),
         ('stages.base.optimizer.clipnorm', "optimizer.clipnorm: did you mean 'clip_norm'?"),
@@ -98,7 +103,11 @@ def test_an_unknown_field_names_the_nearest(path, told):
         ('corpora', {}, 'corpora is empty'),
         ('corpora.mine.split_by', 'sex', "split_by is 'sex'; allowed: '', 'group'"),
         ('encoder.preset', 'huge', "preset is 'huge'; allowed: 'tiny'"),
-        ('encoder.dropout', 1.5, 'dropout is 1.5; allowed: 0 up to below 1'),
+        ('encoder.dropout', 1.5, 'encoder.dropout is 1.5; allowed: 0 up to below 1'),
+        ('audio.hop_ms', 0.0, 'audio.hop_ms=0.0 must be above 0'),
+        ('stages.teacher.spec_augment', {'time_ratio': 2.0}, 'time_ratio is 2.0; allowed'),
+        ('stages.teacher.optimizer.groups', {'all': {'schedule': 'cosin'}}, "is 'cosin'; allowed"),
+        ('stages.teacher.optimizer.groups', {'all': {'algorithm': 'sgd'}}, "is 'sgd'; allowed"),
         ('encoder.num_heads', 5, 'not a multiple of'),
         ('stages.base.kind', 'train', "kind is 'train'; allowed: 'pretrain', 'finetune'"),
         ('stages.base.objectives', {}, 'objectives is empty'),
@@ -126,10 +135,15 @@ def test_a_wrong_type_or_value_says_what_is_allowed(path, value, told):
         ('stages.teacher.init_from', 'bass', "stages.teacher needs stage 'bass'"),
         ('stages.labels.teacher', 'student', "stages.labels needs stage 'student', .* not before"),
         ('stages.score.models', ('techer',), "stages.score needs stage 'techer'"),
+        ('stages.score.models', ('base',), "stages.score.models is 'base', a pretrain stage"),
+        ('stages.student.init_from', 'labels', 'must name a pretrain or finetune stage'),
+        ('stages.teacher.streams.s.sources.a.labels', 'base', 'must name a pseudo_label stage'),
+        ('stages.teacher.streams.s.sources.a.labels', '', "needs labels, and source 'a'"),
+        ('tokenizer.selection', '', 'tokenizer.selection is not set, but stages.teacher learns'),
         ('stages.score.sets.x', 'exam', "stages.score.sets.x is 'exam'"),
         ('recipe', ('base', 'teach'), "recipe is 'teach', which is not defined"),
         ('recipe', ('teacher', 'base'), "stages.teacher needs stage 'base', .* not before"),
-        ('stages.score.compare', (('student', 'teacher'),), "compare.*'teacher'"),
+        ('stages.score.compare', (('student', 'teacher'),), "stages.score.compare is 'teacher'"),
         ('encoder.num_mels', 128, 'encoder.num_mels is 128.*audio.num_mels'),
     ],
 )  # fmt: skip
@@ -141,6 +155,16 @@ def test_a_reference_to_nothing_says_what_there_is(path, value, told):
 def test_a_misspelt_field_of_a_selection_is_found_before_any_work():
     with pytest.raises(ConfigError, match="selections.train.split: did you mean 'splits'"):
         schema.resolve(changed('selections.train.split', ('train',)))
+
+
+@pytest.mark.parametrize('value', ['train', ['train'], None])
+def test_what_a_selection_excludes_is_a_list(value):
+    config = changed('selections.rest.exclude', value)
+    if isinstance(value, str):
+        with pytest.raises(ConfigError, match='it must be a list'):
+            schema.resolve(config)
+    else:
+        schema.resolve(config)
 
 
 def test_integers_are_taken_as_floats_and_lists_as_tuples():
@@ -187,6 +211,15 @@ def test_a_file_that_cannot_be_loaded_is_a_config_error(tmp_path, text, told):
         path.write_text(text)
     with pytest.raises(ConfigError, match=told):
         config_lib.load(str(path))
+
+
+def test_a_failing_get_config_names_the_line_of_the_file(tmp_path):
+    path = tmp_path / 'a.py'
+    path.write_text('import json\n\ndef get_config():\n    return json.loads("{")\n')
+    with pytest.raises(ConfigError, match=r'a\.py:4: JSONDecodeError'):
+        config_lib.load(str(path))
+    with pytest.raises(ConfigError, match=r'a\.py: TypeError: get_config\(\) takes 0'):
+        config_lib.load(f'{path}:x')
 
 
 def test_a_file_that_is_not_python_and_one_with_an_argument(tmp_path):

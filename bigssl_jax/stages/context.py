@@ -90,7 +90,7 @@ class Context:
             'sources': sources,
             'tokenizer': str(self.tokenizer_path) if labelled else None,
             'normaliser': self.config['tokenizer']['normaliser'],
-            'multiple_of': self.mesh.shape['data'] * self.mesh.shape['fsdp'],
+            'multiple_of': self._rows_apart * self.fields['optimizer']['micro_batches'],
         }
 
     def pass_config(self, selection: str) -> dict[str, Any]:
@@ -100,8 +100,13 @@ class Context:
             'sources': {selection: {'selection': self.selection(selection), 'labels': None}},
             'batch_seconds': fields.get('batch_seconds', 128.0),
             'num_buckets': fields.get('num_buckets', 6),
-            'multiple_of': self.mesh.shape['data'] * self.mesh.shape['fsdp'],
+            'multiple_of': self._rows_apart,
         }
+
+    @property
+    def _rows_apart(self) -> int:
+        """Into how many parts the devices cut a batch."""
+        return self.mesh.shape['data'] * self.mesh.shape['fsdp']
 
     def input_hashes(self) -> dict[str, str]:
         """Hashes of the finished stages that this one is made from."""

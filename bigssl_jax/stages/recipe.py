@@ -18,8 +18,6 @@ import jax
 
 import bigssl_jax
 from bigssl_jax.config import ConfigError, UserError, config_hash, unknown_field
-from bigssl_jax.evaluation.report import write_report
-from bigssl_jax.evaluation.results_table import print_result_table
 from bigssl_jax.parallel import make_mesh
 from bigssl_jax.parallel.startup import cpu_cores, enable_compilation_cache
 from bigssl_jax.stages import artefacts, schema
@@ -72,8 +70,6 @@ def run_recipe(
                 _run_stage(contexts[name] | {'mesh': mesh, 'stop': stop, 'later': later})
     else:
         print(f'all {len(wanted)} stages of {resolved["name"]!r} are done: {", ".join(wanted)}')
-    print_result_table(workdir)
-    print(f'report: {write_report(workdir)}')
     results = {}
     for name in wanted:
         done = artefacts.read_done(workdir / name)

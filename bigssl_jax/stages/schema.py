@@ -10,14 +10,17 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from bigssl_jax.audio import AudioConfig, NoiseConfig, SpecAugmentConfig, SpeedConfig
 from bigssl_jax.config import ConfigError, choose, config_hash, merge, to_dict, unknown_field
+from bigssl_jax.data import selection as selection_lib
+from bigssl_jax.models import ConformerConfig
 from bigssl_jax.models.presets import NAMES, conformer
 from bigssl_jax.objectives import CTC, BestRQ, Wav2Vec2
-from bigssl_jax.training.optimizers import GROUP_DEFAULTS
+from bigssl_jax.training.optimizers import ALGORITHMS, GROUP_DEFAULTS
+from bigssl_jax.training.schedules import SHAPES
 
 OBJECTIVES: dict[str, Any] = {'best_rq': BestRQ, 'wav2vec2': Wav2Vec2, 'ctc': CTC}
 # Fields of an objective that follow from the rest of the experiment.
@@ -131,6 +134,12 @@ def resolve(config: Any) -> dict[str, Any]:
     given = to_dict(config)
     resolved = merge('', EXPERIMENT, {k: v for k, v in given.items() if k != 'encoder'})
     resolved['encoder'] = _encoder(given.get('encoder', {}))
+    num_mels = AudioConfig(**resolved['audio']).num_mels
+    if resolved['encoder']['num_mels'] != num_mels:
+        raise ConfigError(
+            f'config field encoder.num_mels is {resolved["encoder"]["num_mels"]}, but'
+            f' audio.num_mels is {num_mels}; set both to the same number'
+        )
     resolved['corpora'] = _table('corpora', resolved['corpora'], CORPUS)
     for name, corpus in resolved['corpora'].items():
         choose(f'corpora.{name}.split_by', corpus['split_by'], ('', 'group', 'speaker', 'id'))
@@ -158,8 +167,12 @@ def _encoder(given: Mapping[str, Any]) -> dict[str, Any]:
     """All fields of the ConformerConfig that `encoder.preset` and its overrides make."""
     overrides = {name: value for name, value in given.items() if name != 'preset'}
     preset = choose('encoder.preset', given.get('preset', 'tiny'), NAMES)
-    defaults = dataclasses.asdict(conformer(preset))
-    return {'preset': preset, **merge('encoder', defaults, overrides)}
+    fields = merge('encoder', dataclasses.asdict(conformer(preset)), overrides)
+    try:
+        ConformerConfig(**fields)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace('model.', 'encoder.')) from error
+    return {'preset': preset, **fields}
 
 
 def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
@@ -171,6 +184,7 @@ def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
         if stage[name] is not None:
             defaults = dataclasses.asdict(config())
             stage[name] = merge(f'{field}.{name}', defaults, stage[name])
+            config(**stage[name])
     stage['streams'] = _table(f'{field}.streams', stage['streams'], STREAM)
     for name, stream in stage['streams'].items():
         path = f'{field}.streams.{name}'
@@ -193,11 +207,23 @@ def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f'{path}: {error}') from error
         if objectives[name]['stream'] not in stage['streams']:
             raise unknown_field(f'{field}.streams', objectives[name]['stream'], stage['streams'])
+        sources = stage['streams'][objectives[name]['stream']]['sources']
+        silent = [source for source, given in sources.items() if not given['labels']]
+        if objective == 'ctc' and silent:
+            raise ConfigError(
+                f'{path} needs labels, and source {silent[0]!r} of stream'
+                f" {objectives[name]['stream']!r} has none; set its `labels` to 'text' or to the"
+                ' name of a pseudo_label stage'
+            )
     if not objectives:
         raise ConfigError(f'config field {field}.objectives is empty; name at least one objective')
     stage['objectives'] = objectives
     groups = stage['optimizer']['groups'] or {'all': {}}
     stage['optimizer']['groups'] = _table(f'{field}.optimizer.groups', groups, GROUP_DEFAULTS)
+    for name, group in stage['optimizer']['groups'].items():
+        path = f'{field}.optimizer.groups.{name}'
+        choose(f'{path}.algorithm', group['algorithm'], ALGORITHMS)
+        choose(f'{path}.schedule', group['schedule'], SHAPES)
     return stage
 
 
@@ -220,10 +246,13 @@ def training_audio_seconds(config: Mapping[str, Any], name: str) -> float:
 def _check_references(config: Mapping[str, Any]) -> None:
     """Every name that a field refers to exists, and is made before it is needed."""
     selections = config['selections']
-    for name, selection in selections.items():
-        if selection.get('corpus') not in config['corpora']:
-            raise unknown_field('corpora', str(selection.get('corpus')), config['corpora'])
-        for other in selection.get('exclude', ()):
+    for name, selection in _table('selections', selections, selection_lib.DEFAULTS).items():
+        if selection['corpus'] not in config['corpora']:
+            raise unknown_field('corpora', str(selection['corpus']), config['corpora'])
+        excluded = selection['exclude'] or ()
+        if isinstance(excluded, str):
+            raise ConfigError(f'selections.{name}.exclude is {excluded!r}; it must be a list')
+        for other in excluded:
             _must_exist(f'selections.{name}.exclude', other, selections)
     _must_exist('statistics.selection', config['statistics']['selection'], selections)
     if config['tokenizer']['selection']:
@@ -231,18 +260,37 @@ def _check_references(config: Mapping[str, Any]) -> None:
     before: list[str] = []
     for name in config['recipe']:
         _must_exist('recipe', name, config['stages'])
-        for upstream in upstream_of(config['stages'][name]):
+        for field, upstream, kinds in _uses(config['stages'][name]):
             if upstream not in before:
                 raise ConfigError(
                     f'stages.{name} needs stage {upstream!r}, which is not before it in recipe'
                     f' {tuple(config["recipe"])}'
                 )
+            kind = config['stages'][upstream]['kind']
+            if kind not in kinds:
+                raise ConfigError(
+                    f'stages.{name}.{field} is {upstream!r}, a {kind} stage; it must name a'
+                    f' {" or ".join(kinds)} stage'
+                )
         for field, selection in _selections_of(config['stages'][name]):
             _must_exist(f'stages.{name}.{field}', selection, selections)
+        for pair in config['stages'][name].get('compare', ()):
+            for model in pair:
+                _must_exist(f'stages.{name}.compare', model, config['stages'][name]['models'])
+        if not config['tokenizer']['selection'] and _has_labels(config['stages'][name]):
+            raise ConfigError(
+                f'config field tokenizer.selection is not set, but stages.{name} learns from'
+                ' labels; name the selection whose texts train the tokenizer'
+            )
         before.append(name)
 
 
-def _must_exist(field: str, name: str, table: Mapping[str, Any]) -> None:
+def _has_labels(stage: Mapping[str, Any]) -> bool:
+    streams = stage.get('streams', {}).values()
+    return any(source['labels'] for stream in streams for source in stream['sources'].values())
+
+
+def _must_exist(field: str, name: str, table: Collection[str]) -> None:
     if name not in table:
         raise ConfigError(
             f'config field {field} is {name!r}, which is not defined; defined: {sorted(table)}'
@@ -251,12 +299,22 @@ def _must_exist(field: str, name: str, table: Mapping[str, Any]) -> None:
 
 def upstream_of(stage: Mapping[str, Any]) -> list[str]:
     """The stages whose results `stage` uses."""
-    names = [stage.get('init_from'), stage.get('teacher'), *stage.get('models', ())]
-    for stream in stage.get('streams', {}).values():
-        names += [
-            s['labels'] for s in stream['sources'].values() if s['labels'] not in ('', 'text')
-        ]
-    return [name for name in dict.fromkeys(names) if name]
+    return list(dict.fromkeys(name for _, name, _ in _uses(stage)))
+
+
+def _uses(stage: Mapping[str, Any]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(field, name of a stage, kinds that it may have) of every stage that `stage` refers to."""
+    found: list[tuple[str, str | None, tuple[str, ...]]] = [
+        ('init_from', stage.get('init_from'), ('pretrain', 'finetune')),
+        ('teacher', stage.get('teacher'), ('finetune',)),
+    ]
+    found += [('models', name, ('finetune',)) for name in stage.get('models', ())]
+    for stream_name, stream in stage.get('streams', {}).items():
+        for name, source in stream['sources'].items():
+            if source['labels'] != 'text':
+                field = f'streams.{stream_name}.sources.{name}.labels'
+                found.append((field, source['labels'], ('pseudo_label',)))
+    return [(field, name, kinds) for field, name, kinds in found if name]
 
 
 def _selections_of(stage: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Writes the resolved text of every experiment beside this file: `python tests/golden/regenerate.py`
+"""Writes the resolved text of every experiment: `python tests/golden/regenerate.py`
 
 What an experiment will run follows from its file and from every default. The texts are committed,
 so that a change of either shows in the diff, and tests/test_config.py compares.

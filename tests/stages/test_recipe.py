@@ -100,7 +100,7 @@ def test_the_report_and_the_table_name_every_model(finished):
     for name in ('supervised', 'teacher', 'student'):
         assert name in page
         assert name in finished.out
-    assert 'report.html' in finished.out
+    assert finished.out.count('report.html') == finished.out.count('test set') == 1
 
 
 def test_a_second_run_does_nothing_and_says_so(finished, config, capsys):
