@@ -8,6 +8,7 @@ field that no table knows stops the run before any work and names the nearest va
     experiment file  --get_config(arg)-->  ConfigDict  --overrides-->  --resolve-->  plain dicts
 """
 
+import copy
 import difflib
 import hashlib
 import importlib.util
@@ -94,7 +95,7 @@ def merge(field: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> 
     Raises:
       ConfigError: a field that `defaults` lacks, or a value of another type.
     """
-    merged = dict(defaults)
+    merged = copy.deepcopy(dict(defaults))  # callers fill in what they are given
     for name, value in given.items():
         path = f'{field}.{name}' if field else name
         if name not in defaults:

@@ -242,3 +242,10 @@ def test_the_resolved_text_of_every_experiment_is_the_committed_one(path):
     assert committed.exists(), 'run: python tests/golden/regenerate.py'
     now, then = json.loads(regenerate.resolved(path)), json.loads(committed.read_text())
     assert now == then, 'meant? then run: python tests/golden/regenerate.py, and commit the diff'
+
+
+def test_resolving_one_experiment_leaves_the_defaults_of_the_next_alone():
+    defaults = {'optimizer': {'groups': {}}}
+    merged = config_lib.merge('', defaults, {})
+    merged['optimizer']['groups']['all'] = {}
+    assert defaults == {'optimizer': {'groups': {}}}
