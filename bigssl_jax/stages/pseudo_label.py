@@ -43,7 +43,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     writer = LabelWriter(context.directory / 'labels', key, num_parts)
     started, heard = time.monotonic(), 0.0
-    progress = Progress(context.name, num_parts, 0)
+    progress = Progress(context.name, num_parts, unit='part')
     for part in writer.missing():
         if context.stop.requested:
             raise Stopped(f'{context.name} stopped before part {part}; the same command continues')
@@ -53,7 +53,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
         writer.write(part, _columns(found, stream))
         heard += sum(h.seconds for h in found)
         rtfx = heard / (time.monotonic() - started)
-        progress.show(part + 1, 0.0, rtfx, PART_HOURS * 3600)
+        progress.show(part + 1, None, rtfx, PART_HOURS * 3600)
     labels = writer.finish({'teacher': str(fields['teacher']), 'decoder': DECODER})
     results = {
         'utterances': labels.num_rows,

@@ -168,7 +168,7 @@ class Window:
 
     def __init__(self, run: Run, settings: LoopSettings, start: int):
         self._run, self._settings = run, settings
-        self._progress = Progress(run.name, settings.steps, start, run.later_audio_seconds)
+        self._progress = Progress(run.name, settings.steps, run.later_audio_seconds)
         self._add = jax.jit(_add_finite)
         self._reset(start)
 

@@ -70,22 +70,34 @@ class Progress:
     Args:
       name: the stage.
       total_steps: last step of the stage.
-      start_step: first step of this process.
-      overall: returns seconds of audio still to be trained on in later stages.
+      later_audio_seconds: audio still to be trained on in later stages, for the whole run's time.
+      unit: what is counted.
       interval: least seconds between two lines in a log file.
     """
 
     def __init__(
-        self, name: str, total_steps: int, start_step: int, overall: float = 0.0,
+        self,
+        name: str,
+        total_steps: int,
+        later_audio_seconds: float = 0.0,
+        unit: str = 'step',
         interval: float = 10.0,
-    ):  # fmt: skip
-        self._name, self._total, self._later = name, total_steps, overall
-        self._first_step, self._started = start_step, time.monotonic()
-        self._interval, self._shown = interval, -1e9
+    ):
+        self._name, self._total, self._later = name, total_steps, later_audio_seconds
+        self._unit, self._interval, self._shown = unit, interval, -1e9
         self._terminal = sys.stderr.isatty()
 
-    def show(self, step: int, loss: float, audio_per_second: float, batch_seconds: float) -> None:
-        """Draws the line; `batch_seconds`: seconds of audio in a step, for the time left."""
+    def show(
+        self, step: int, loss: float | None, audio_per_second: float, batch_seconds: float
+    ) -> None:
+        """Draws the line.
+
+        Args:
+          step: steps done.
+          loss: of the last window; None where there is none.
+          audio_per_second: seconds of audio worked on in a second.
+          batch_seconds: seconds of audio in a step, for the time left.
+        """
         now = time.monotonic()
         last = step >= self._total
         if not self._terminal and now - self._shown < self._interval and not last:
@@ -93,8 +105,9 @@ class Progress:
         self._shown = now
         seconds_left = (self._total - step) * batch_seconds / max(audio_per_second, 1e-9)
         text = (
-            f'{self._name}: step {step}/{self._total}  loss {loss:.3f}'
-            f'  {audio_per_second:.0f} s audio/s  left {clock(seconds_left)}'
+            f'{self._name}: {self._unit} {step}/{self._total}'
+            + ('' if loss is None else f'  loss {loss:.3f}')
+            + f'  {audio_per_second:.0f} s audio/s  left {clock(seconds_left)}'
         )
         if self._later:
             text += (

@@ -55,7 +55,7 @@ def test_tensorboard_gets_the_scalars(tmp_path):
 
 
 def test_progress_tells_step_loss_speed_and_time_left(capsys):
-    progress = Progress('teacher', total_steps=100, start_step=0, overall=6000.0)
+    progress = Progress('teacher', total_steps=100, later_audio_seconds=6000.0)
     progress.show(50, 1.2345, audio_per_second=20.0, batch_seconds=10.0)
     progress.show(60, 1.1, audio_per_second=20.0, batch_seconds=10.0)  # too soon after
     progress.show(100, 1.0, audio_per_second=20.0, batch_seconds=10.0)
