@@ -14,10 +14,7 @@ import pytest
 REFERENCE = '1x1x1'
 MESHES = ('1x1x4', '8x1x1', '1x8x1', '2x2x2')  # data x fsdp x tensor
 # What is compared is the partitioning; code generation may be quick.
-FLAGS = (
-    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
-    ' --xla_cpu_use_fusion_emitters=false'
-)
+FLAGS = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 
 SCRIPT = """
 import json, sys
