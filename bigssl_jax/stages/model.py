@@ -75,7 +75,16 @@ def save_model(
     tokenizer: pathlib.Path | None,
     step: int,
 ) -> dict[str, Any]:
-    """Writes a model folder atomically and returns what `model.json` says."""
+    """Writes a model folder under a temporary name, renames it, returns what `model.json` says.
+
+    Args:
+      directory: the folder; one that is there, left by a stage that did not finish, is replaced.
+      encoder, audio: of the model.
+      heads: objective name -> its config fields.
+      params, constants: {'encoder': ..., 'heads': {objective name: ...}}.
+      tokenizer: file to copy beside the arrays, or None.
+      step: of the training stage.
+    """
     arrays = jax.tree.map(np.asarray, {'params': params, 'constants': constants})
     temporary = directory.with_name(f'.{directory.name}.tmp').absolute()
     shutil.rmtree(temporary, ignore_errors=True)

@@ -63,12 +63,18 @@ def run_recipe(
         _announce(resolved, pending, wanted)
         mesh = make_mesh(resolved['compute']['mesh'])
         with stop_on_signals() as stop:
-            for number, name in enumerate(pending):
-                later = sum(
-                    schema.training_audio_seconds(resolved, n) for n in pending[number + 1 :]
-                )
-                _run_stage(contexts[name] | {'mesh': mesh, 'stop': stop, 'later': later})
+            for name in wanted:
+                if name in pending:
+                    later = sum(
+                        schema.training_audio_seconds(resolved, n)
+                        for n in pending[pending.index(name) + 1 :]
+                    )
+                    _run_stage(contexts[name] | {'mesh': mesh, 'stop': stop, 'later': later})
+                # In order, so that nothing is built on a stage that is out of date.
+                _check_current(workdir, name)
     else:
+        for name in wanted:
+            _check_current(workdir, name)
         print(f'all {len(wanted)} stages of {resolved["name"]!r} are done: {", ".join(wanted)}')
     results = {}
     for name in wanted:
@@ -97,6 +103,19 @@ def _check(config: Mapping[str, Any], workdir: pathlib.Path, name: str) -> dict[
     if workdir.exists() and not os.access(workdir, os.W_OK):
         raise UserError(f'--workdir {workdir} is read-only; name a folder that can be written')
     return {'config': config, 'workdir': workdir, 'name': name}
+
+
+def _check_current(workdir: pathlib.Path, name: str) -> None:
+    """Refuses a finished stage whose inputs have been made again, differently, since."""
+    done = artefacts.read_done(workdir / name)
+    assert done is not None
+    for upstream, recorded in done['inputs'].items():
+        now = artefacts.read_done(workdir / upstream)
+        if now is None or artefacts.output_hash(now) != recorded:
+            raise ConfigError(
+                f'{workdir / name} was made from another {upstream!r} than the one that is there'
+                f' now; delete {workdir / name} to make it again'
+            )
 
 
 def _announce(config: Mapping[str, Any], pending: Sequence[str], wanted: Sequence[str]) -> None:

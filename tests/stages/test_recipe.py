@@ -181,3 +181,16 @@ def test_transcribe_without_a_transcript_head_or_a_readable_file_is_a_user_error
         transcribe_command(str(finished.workdir / 'pretrain'), [str(tmp_path / 'a.wav')])
     with pytest.raises(UserError, match='none of the files'):
         transcribe_command(str(finished.workdir / 'teacher'), [str(tmp_path / 'a.wav')])
+
+
+def test_a_finished_stage_whose_input_was_made_anew_is_refused(finished, recipe, config, tmp_path):
+    for name in ('prepare', 'supervised'):
+        (tmp_path / name).mkdir()
+        for file in ('stage.json', 'done.json'):
+            shutil.copyfile(finished.workdir / name / file, tmp_path / name / file)
+    assert run_recipe(config, tmp_path, stages=['prepare', 'supervised'])['ran'] == []
+    path = tmp_path / 'prepare' / 'done.json'
+    done = json.loads(path.read_text())
+    path.write_text(json.dumps({**done, 'outputs': {**done['outputs'], 'statistics': 'another'}}))
+    with pytest.raises(ConfigError, match=r"supervised was made from another 'prepare'"):
+        run_recipe(config, tmp_path, stages=['prepare', 'supervised'])
