@@ -23,11 +23,10 @@ import errno
 import json
 import os
 import pathlib
-import re
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -42,8 +41,6 @@ EXIT_TERMINATED = 143
 # Conditions of the machine, not of the program: a full or read-only disk, missing permission.
 _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
-_OVERRIDE = re.compile(r'--config\.(?P<path>[^=]+)(?P<value>=.*)?$', re.DOTALL)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb.
@@ -55,12 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit code (see the head of this file).
     """
     from bigssl_jax.config import UserError
+    from bigssl_jax.overrides import collect_overrides
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = make_parser()
     options, rest = parser.parse_known_args(words)
     try:
-        options.overrides = _collect_overrides(rest, options.verb)
+        options.overrides = collect_overrides(rest, options.verb)
     except ValueError as error:
         parser.error(str(error))  # exits with 2
     signal.signal(signal.SIGTERM, _terminate)
@@ -142,12 +140,17 @@ def _add_run(verbs: Any) -> None:
         '      --stages pretrain,teacher --config.seed=1',
         _run,
     )
-    verb.add_argument(
-        '--config', required=True, metavar='FILE[:ARG]', help='experiment file, with its argument'
-    )
+    _add_config(verb)
     verb.add_argument('--workdir', required=True, metavar='DIR', help='where everything is written')
     verb.add_argument(
         '--stages', metavar='A,B', help='run only these stages, in the order of the recipe'
+    )
+
+
+def _add_config(verb: Any) -> None:
+    """`--config`, and a word on overrides, for the verbs that read an experiment."""
+    verb.add_argument(
+        '--config', required=True, metavar='FILE[:ARG]', help='experiment file, with its argument'
     )
     verb.add_argument_group(
         'overrides', '--config.FIELD=VALUE   set one field of the config; repeatable'
@@ -158,15 +161,13 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     from bigssl_jax.parallel.startup import configure_platform
 
     configure_platform()
-    from bigssl_jax import config as config_lib
     from bigssl_jax.evaluation.report import write_report
     from bigssl_jax.evaluation.results_table import print_result_table
     from bigssl_jax.stages import schema
     from bigssl_jax.stages.recipe import run_recipe
     from bigssl_jax.training.signals import Stopped
 
-    config = config_lib.load(options.config)
-    config = apply_overrides(config, options.overrides, schema.resolve(config))
+    config = _load_experiment(options)
     schema.resolve(config)  # what the overrides made of it, before anything is written
     check_writable(options.workdir)
     stages = [name for name in options.stages.split(',') if name] if options.stages else None
@@ -180,97 +181,14 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     return {**result, 'report': str(page)}
 
 
-def _collect_overrides(rest: Sequence[str], verb: str) -> list[tuple[str, str]]:
-    """`--config.a.b=c` or `--config.a.b c` as pairs (path, text).
+def _load_experiment(options: argparse.Namespace) -> Any:
+    """The ConfigDict that `--config` and the `--config.FIELD=VALUE` words describe."""
+    from bigssl_jax import config as config_lib
+    from bigssl_jax.overrides import apply_overrides
+    from bigssl_jax.stages import schema
 
-    Raises:
-      ValueError: any other word.
-    """
-    pairs: list[tuple[str, str]] = []
-    words = list(rest)
-    while words:
-        word = words.pop(0)
-        match = _OVERRIDE.match(word) if verb == 'run' else None
-        if not match:
-            raise ValueError(f'unknown argument {word!r}; `bigssl {verb} --help` lists them')
-        if match['value'] is not None:
-            pairs.append((match['path'], match['value'][1:]))
-        elif words and not words[0].startswith('--'):
-            pairs.append((match['path'], words.pop(0)))
-        else:
-            raise ValueError(f'{word} needs a value: {word}=VALUE')
-    return pairs
-
-
-def apply_overrides(
-    config: Any, overrides: Sequence[tuple[str, str]], fields: Mapping[str, Any]
-) -> Any:
-    """Lays command-line values over a config, each converted to the type its field has.
-
-    The experiment file need not mention a field to have it overridden, so what exists is looked up
-    in `fields`; and `config`, not `fields`, is what gets changed, so that defaults which follow
-    from other fields (all of `encoder` from `encoder.preset`) still follow from them.
-
-    Args:
-      config: the experiment file's `ConfigDict`; it is left as it is.
-      overrides: pairs (path such as 'stages.teacher.steps', text of the value).
-      fields: the same config with every default filled in.
-
-    Returns:
-      A new, locked `ConfigDict`.
-
-    Raises:
-      ConfigError: an unknown field (the nearest valid one is named) or a value of another type.
-    """
-    import ml_collections
-    from absl import flags
-    from ml_collections import config_flags
-
-    from bigssl_jax.config import ConfigError
-
-    config = ml_collections.ConfigDict(config.to_dict(), type_safe=False)
-    for path, _ in overrides:
-        _ensure_field(config, path, fields)
-    # A private FlagValues: nothing of ours may depend on, or show in, the process-wide flags.
-    words = ['bigssl', *(f'--config.{path}={text}' for path, text in overrides)]
-    values = flags.FlagValues()
-    try:
-        holder = config_flags.DEFINE_config_dict(
-            'config', config, flag_values=values, sys_argv=words
-        )
-        values(words)
-    except (flags.Error, TypeError, ValueError) as error:
-        raise ConfigError(str(error).replace('flag --', 'config field ')) from error
-    return holder.value
-
-
-def _ensure_field(config: Any, path: str, fields: Mapping[str, Any]) -> None:
-    """Gives `config` the field `path` with its default, so that an override knows its type.
-
-    Raises:
-      ConfigError: `fields` has no such field.
-    """
-    import ml_collections
-
-    from bigssl_jax.config import ConfigError, unknown_field
-
-    *groups, last = path.split('.')
-    seen, known, node = '', fields, config
-    for name in (*groups, last):
-        if not isinstance(known, Mapping):
-            raise ConfigError(f'--config.{path}: {seen} is a single value, it has no fields')
-        if name not in known:
-            raise unknown_field(seen, name, known)
-        known = known[name]
-        if node.get(name) is None:
-            # None has no type: take whatever literal is given.
-            empty = ml_collections.config_dict.placeholder(object)
-            plain = dict(known) if name == last and isinstance(known, Mapping) else known
-            node[name] = {} if name != last else empty if known is None else plain
-        elif isinstance(known, float) and isinstance(node[name], int):
-            node[name] = known  # the file says 1 where 1.5 may be given
-        node = node[name]
-        seen = f'{seen}.{name}' if seen else name
+    config = config_lib.load(options.config)
+    return apply_overrides(config, options.overrides, schema.resolve(config))
 
 
 def check_writable(directory: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from bigssl_jax import cli
 from bigssl_jax.config import ConfigError
+from bigssl_jax.overrides import apply_overrides
 
 VERBS = ('run', 'prepare', 'inspect', 'transcribe', 'score', 'report')
 FIELDS = {
@@ -114,7 +115,7 @@ def test_usage_errors_exit_with_2(words, told, capsys):
 @pytest.mark.parametrize('mentioned', [True, False])
 def test_overrides_take_the_type_of_their_field(path, text, expected, mentioned):
     given = FIELDS if mentioned else {'encoder': {'preset': 'tiny'}}
-    config = cli.apply_overrides(ml_collections.ConfigDict(given), [(path, text)], FIELDS)
+    config = apply_overrides(ml_collections.ConfigDict(given), [(path, text)], FIELDS)
     value = config
     for name in path.split('.'):
         value = value[name]
@@ -124,7 +125,7 @@ def test_overrides_take_the_type_of_their_field(path, text, expected, mentioned)
 
 def test_an_override_leaves_fields_alone_that_follow_from_it():
     given = ml_collections.ConfigDict({'encoder': {'preset': 'tiny'}})
-    config = cli.apply_overrides(given, [('encoder.preset', 'small')], FIELDS)
+    config = apply_overrides(given, [('encoder.preset', 'small')], FIELDS)
     assert config.to_dict() == {'encoder': {'preset': 'small'}}
     assert given.encoder.preset == 'tiny'
 
@@ -141,7 +142,7 @@ def test_an_override_leaves_fields_alone_that_follow_from_it():
 )
 def test_bad_overrides_name_the_field(path, text, told):
     with pytest.raises(ConfigError, match='.') as error:
-        cli.apply_overrides(ml_collections.ConfigDict(FIELDS), [(path, text)], FIELDS)
+        apply_overrides(ml_collections.ConfigDict(FIELDS), [(path, text)], FIELDS)
     assert told in str(error.value)
 
 

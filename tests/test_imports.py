@@ -16,10 +16,11 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'bigssl_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))
 
 # room -> rooms it may import, besides itself
-_BOTTOM = {'config', 'parallel'}
+_BOTTOM = {'config', 'overrides', 'parallel'}
 _MODEL = _BOTTOM | {'audio', 'models'}
 ALLOWED: dict[str, set[str]] = {
     'config': set(),
+    'overrides': {'config'},
     'parallel': {'config'},
     'audio': _BOTTOM,
     'models': _BOTTOM | {'audio'},
