@@ -20,7 +20,7 @@ from bigssl_jax.models.layers import (
     named,
     zero_padding,
 )
-from bigssl_jax.parallel import constrain
+from bigssl_jax.parallel import constrain, stored
 
 
 def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -58,7 +58,7 @@ class Convolution(nn.Module):
         # Fan-in is k for every channel.
         init = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform', in_axis=0, out_axis=())
         kernel = self.param('depthwise', named(init, 'kernel', 'mlp'), (config.kernel_size, size))
-        h = depthwise(h, kernel)
+        h = depthwise(h, stored(kernel, ('kernel', 'mlp'), jnp.float32))
         h = nn.swish(LayerNorm(axis='mlp', dtype=dtype, name='depthwise_norm')(h))
         h = Dense((size,), ('mlp', 'embed'), dtype, name='project')(h)
         return Dropout(config.dropout, name='dropout')(constrain(h, RESIDUAL), deterministic)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bigssl_jax.models.config import ConformerConfig
-from bigssl_jax.parallel import constrain
+from bigssl_jax.parallel import constrain, stored
 
 RESIDUAL = ('batch', 'time', 'embed')
 HIDDEN = ('batch', 'time', 'mlp')
@@ -52,6 +52,7 @@ class LayerNorm(nn.Module):
         size = x.shape[-1:]
         scale = self.param('scale', named(nn.initializers.ones, self.axis), size)
         bias = self.param('bias', named(nn.initializers.zeros, self.axis), size)
+        scale, bias = (stored(p, (self.axis,), jnp.float32) for p in (scale, bias))
         return layer_norm(x, scale, bias).astype(self.dtype)
 
 
@@ -144,14 +145,13 @@ class Dense(nn.Module):
         num_in = len(self.axes) - len(self.outputs)
         shape = (*x.shape[x.ndim - num_in :], *self.outputs)
         init = glorot(range(num_in), range(num_in, len(shape)))
-        kernel = self.param('kernel', named(init, *self.axes), shape).astype(self.dtype)
+        kernel = stored(self.param('kernel', named(init, *self.axes), shape), self.axes, self.dtype)
         contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
         y = jax.lax.dot_general(x.astype(self.dtype), kernel, (contract, ((), ())))
         if self.use_bias:
-            bias = self.param(
-                'bias', named(nn.initializers.zeros, *self.axes[num_in:]), self.outputs
-            )
-            y = y + bias.astype(self.dtype)
+            axes = self.axes[num_in:]
+            bias = self.param('bias', named(nn.initializers.zeros, *axes), self.outputs)
+            y = y + stored(bias, axes, self.dtype)
         return y
 
 

@@ -1,20 +1,25 @@
 """The device mesh: one function makes every mesh.
 
 Axes, outermost first:
+  slice   batch split over pod slices, which only the data-centre network joins; as `data`
   data    batch split, parameters replicated; gradients are all-reduced
   fsdp    batch split, parameters split; gathered for use, gradients reduce-scattered
   tensor  the inner dimension of a layer (heads, FFN) split
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from bigssl_jax.config import ConfigError
 
-MESH_AXES = ('data', 'fsdp', 'tensor')
+MESH_AXES = ('slice', 'data', 'fsdp', 'tensor')
+# The axes that split a batch.
+BATCH_AXES = ('slice', 'data', 'fsdp')
 
 
 def mesh_shape(axes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
@@ -47,9 +52,27 @@ def make_mesh(axes: Mapping[str, int], devices: list | None = None) -> Mesh:
     """A mesh over `devices` (default: all), with axes named MESH_AXES.
 
     Explicit axis types make Flax's logical constraints raise, so every axis is Auto.
+
+    Raises:
+      ConfigError: the sizes do not match the devices, or `slice` not the slices they lie in.
     """
     devices = list(jax.devices()) if devices is None else devices
     shape = mesh_shape(axes, len(devices))
-    return jax.make_mesh(
-        shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    slices = len({getattr(device, 'slice_index', 0) or 0 for device in devices})
+    if slices > 1 and shape[0] != slices:
+        raise ConfigError(
+            f'mesh has slice={shape[0]}, but the {len(devices)} devices lie in {slices} slices;'
+            f' set compute.mesh.slice to {slices}'
+        )
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (1, *shape[1:]), (slices, 1, 1, 1), devices=devices, allow_split_physical_axes=True
     )
+    return Mesh(np.asarray(grid), MESH_AXES, axis_types=types)
+
+
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the devices cut a batch: rows must be a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

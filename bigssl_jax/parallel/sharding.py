@@ -14,10 +14,12 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bigssl_jax.parallel.mesh import BATCH_AXES
+
 # logical name -> mesh axes
 RULES: dict[str, tuple[str, ...]] = {
     # activations
-    'batch': ('data', 'fsdp'),
+    'batch': BATCH_AXES,
     'time': (),
     'activation': (),
     # parameters
@@ -95,6 +97,25 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def stored(parameter: jax.Array, names: Sequence[str | None], dtype: Any) -> jax.Array:
+    """A parameter in the compute dtype, still laid out as it is stored.
+
+    The cast comes before the gather, so that bfloat16 travels and not float32.  Transposed, the
+    constraint lays the gradient out like the parameter where it arises, inside the scan over
+    layers: the sum over the batch becomes a reduce-scatter.  Without it the compiler may all-reduce
+    and cut afterwards, which moves twice as much.
+
+    Args:
+      parameter: as the layer owns it.
+      names: its logical axes.
+      dtype: of the products.
+    """
+    mesh, cast = _active_mesh.get(), parameter.astype(dtype)
+    if mesh is None or not any(resolve_axes(names, parameter.shape, mesh)):
+        return cast
+    return constrain(cast, names)
+
+
 def logical_to_shardings(boxed: Any, mesh: Mesh) -> Any:
     """Shardings for a tree of (possibly abstract) boxed parameters.
 
@@ -115,8 +136,8 @@ def logical_to_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+    """Rows over the axes that split a batch."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from bigssl_jax.config import config_hash
+from bigssl_jax.config import ConfigError, config_hash
+from bigssl_jax.parallel import batch_parts
 from bigssl_jax.stages import artefacts, schema
 from bigssl_jax.training.signals import StopRequest
 
@@ -86,11 +87,11 @@ class Context:
             sources[name] = resolved
         labelled = any(source['labels'] for source in fields['sources'].values())
         return {
-            **{k: v for k, v in fields.items() if k != 'sources'},
+            **{k: v for k, v in fields.items() if k not in ('sources', 'rows_multiple')},
             'sources': sources,
             'tokenizer': str(self.tokenizer_path) if labelled else None,
             'normaliser': self.config['tokenizer']['normaliser'],
-            'multiple_of': self._rows_apart * self.fields['optimizer']['micro_batches'],
+            'multiple_of': self._rows_multiple(fields['rows_multiple']),
         }
 
     def pass_config(self, selection: str) -> dict[str, Any]:
@@ -100,13 +101,24 @@ class Context:
             'sources': {selection: {'selection': self.selection(selection), 'labels': None}},
             'batch_seconds': fields.get('batch_seconds', 128.0),
             'num_buckets': fields.get('num_buckets', 6),
-            'multiple_of': self._rows_apart,
+            'multiple_of': batch_parts(self.mesh),
         }
 
-    @property
-    def _rows_apart(self) -> int:
-        """Into how many parts the devices cut a batch."""
-        return self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    def _rows_multiple(self, wanted: int) -> int:
+        """What the rows of a training batch are a multiple of.
+
+        Raises:
+          ConfigError: `wanted` rows do not divide among the devices and micro-batches.
+        """
+        pieces = self.fields['optimizer']['micro_batches']
+        needed = batch_parts(self.mesh) * pieces
+        if wanted % needed:
+            raise ConfigError(
+                f'stages.{self.name}: a stream has rows_multiple={wanted}, which does not divide by'
+                f' {needed} ({batch_parts(self.mesh)} parts of the mesh x {pieces} micro-batches);'
+                f' set it to a multiple of {needed}, or choose another mesh'
+            )
+        return wanted or needed
 
     def input_hashes(self) -> dict[str, str]:
         """Hashes of the finished stages that this one is made from."""

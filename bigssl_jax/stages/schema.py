@@ -44,7 +44,10 @@ EXPERIMENT: dict[str, Any] = {
     'audio': dataclasses.asdict(AudioConfig()),
     'encoder': {},
     'compute': {
-        'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
+        'mesh': {'slice': 1, 'data': -1, 'fsdp': 1, 'tensor': 1},
+        # Largest share of the parameters that may lie whole on every device of a mesh that splits
+        # parameters (fsdp or tensor above 1); more is taken for an accident.
+        'max_replicated': 0.02,
         'compilation_cache': '',
         'tensorboard': True,
         # Seconds of audio a core trains on in a second, for the time left before it is measured.
@@ -76,6 +79,9 @@ STREAM: dict[str, Any] = {
     'min_seconds': 0.5,
     'max_seconds': 15.0,
     'max_labels': 256,
+    # Rows of a batch are a multiple of this; 0: of what the mesh and the micro-batches need. Which
+    # utterances form a batch depends on it: set it (say to 256) to continue a run on another mesh.
+    'rows_multiple': 0,
     'rates': 'weights',
 }
 

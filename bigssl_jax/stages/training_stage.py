@@ -19,6 +19,7 @@ from bigssl_jax.data.stream import Stream, stream
 from bigssl_jax.data.tokenizer import Tokenizer
 from bigssl_jax.models import ConformerConfig
 from bigssl_jax.objectives.encoder_call import named_key
+from bigssl_jax.parallel.layout import check_layout, landed, layout_lines
 from bigssl_jax.stages.context import Context
 from bigssl_jax.stages.model import load_model, save_model
 from bigssl_jax.stages.schema import make_objective, training_audio_seconds
@@ -67,6 +68,9 @@ def run_training(
     tokenizer = context.tokenizer_path if _is_labelled(fields) else None
     vocabulary = Tokenizer(tokenizer).vocabulary_size if tokenizer else None
     trainer = make_trainer(context.config, context.name, context.mesh, vocabulary)
+    rows = landed(trainer.abstract_params, context.mesh)
+    check_layout(rows, context.mesh, context.config['compute']['max_replicated'])
+    print(*layout_lines(rows, context.mesh), sep='\n', flush=True)
     statistics = {k: np.asarray(v) for k, v in np.load(context.statistics_path).items()}
     streams = _open_streams(context)
     checkpointer = Checkpointer(

@@ -67,7 +67,8 @@ class Trainer:
         return {'encoder': encoder, 'heads': heads}
 
     @functools.cached_property
-    def _abstract_params(self) -> Any:
+    def abstract_params(self) -> Any:
+        """Shapes, dtypes and logical axes of the parameters (boxed); nothing is allocated."""
         with use_mesh(self.mesh):
             return jax.eval_shape(self.init_params, jax.random.key(0))
 
@@ -75,7 +76,7 @@ class Trainer:
     def optimizer(self) -> tuple[optax.GradientTransformation, Any]:
         """The combined direction, and the tree of group names."""
         groups = self.fields['optimizer']['groups']
-        return make_optimizer(nn.unbox(self._abstract_params), groups)
+        return make_optimizer(nn.unbox(self.abstract_params), groups)
 
     def make_state(self, statistics: Mapping[str, np.ndarray]) -> TrainState:
         """A fresh state, every array born where it will live."""
@@ -101,11 +102,11 @@ class Trainer:
 
     def shardings(self, statistics: Mapping[str, Any]) -> TrainState:
         """A TrainState of shardings: optimizer and EMA leaves lie as their parameter does."""
-        params = logical_to_shardings(self._abstract_params, self.mesh)
+        params = logical_to_shardings(self.abstract_params, self.mesh)
         known = {
             path_name(path): (leaf.shape, sharding)
             for (path, leaf), sharding in zip(
-                jax.tree_util.tree_leaves_with_path(nn.unbox(self._abstract_params)),
+                jax.tree_util.tree_leaves_with_path(nn.unbox(self.abstract_params)),
                 jax.tree.leaves(params),
                 strict=True,
             )
