@@ -112,9 +112,9 @@ CHIPS = {
             ici_bandwidth=4 * 82e9,
             dcn_bandwidth=6.25e9,
             devices_per_chip=2,
-            source='Google Cloud documentation, TPU v3: FLOP/s, HBM (16 GiB a core). ICI: 656 Gbit/s a'
-            ' link (Norrie et al., IEEE Micro 2021), uncertain: the book has 100 GB/s. DCN:'
-            " uncertain, the book's typical 6.25 GB/s",
+            source='Google Cloud documentation, TPU v3: FLOP/s, HBM (16 GiB a core). ICI: 656'
+            ' Gbit/s a link (Norrie et al., IEEE Micro 2021), uncertain: the book has 100 GB/s.'
+            " DCN: uncertain, the book's typical 6.25 GB/s",
         ),
         Chip(
             name='v4',
@@ -275,6 +275,14 @@ def _hint(name: str) -> str:
     names = topology_names()
     prefix = re.match(r'\s*\d+x(?=[a-z])', name.lower())
     bare = name.strip().lower()[prefix.end() if prefix else 0 :]
+    shaped = re.match(r'([a-z0-9]+):', bare)
+    if shaped and _ALIASES.get(shaped[1], shaped[1]) in _FAMILIES:
+        family = _FAMILIES[_ALIASES.get(shaped[1], shaped[1])]
+        example = 'x'.join(['4'] * family.dimensions)
+        return (
+            f'a shape has {family.dimensions} sides and at most {family.largest} chips,'
+            f' such as {shaped[1]}:{example}'
+        )
     near = difflib.get_close_matches(bare, names, n=3, cutoff=0.6)
     # The nearest spelling is not the nearest size: v5e-200 should lead to v5e-128 and v5e-256.
     sized = re.fullmatch(r'([a-z0-9]+)-(\d+)', bare)

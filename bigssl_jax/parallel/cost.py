@@ -1,0 +1,201 @@
+"""What a step must at least take: its products counted in the jaxpr, and a roofline.
+
+The compiler's own count (`compiled.cost_analysis()['flops']`) reads the body of a loop once, so a
+scanned stack of 36 layers costs what one layer does.  The jaxpr knows better: a scan carries its
+length, and rematerialised, differentiated and called functions stand there as inner jaxprs.
+`count_flops` walks it and counts the products, two FLOPs for each multiply-add; that is where a
+matrix unit spends its time, and what the MFU of the literature counts.  Element-wise work is left
+out: it is bound by memory, which the roofline looks at separately.
+
+Model FLOPs and hardware FLOPs are the same count of two programs: the step without
+rematerialisation, and the step as it runs.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import partial_eval
+
+# Passes of bfloat16 products that a TPU makes of one product (jax.lax.Precision). A float32
+# product of default precision is rounded to bfloat16: one pass, twice the memory traffic.
+PASSES = {'float32_high': 3, 'float32_highest': 6}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs of the products of a program, over all devices together.
+
+    Attributes:
+      by_kind: (primitive, dtype) -> FLOPs. The dtype is the operands'; `float32_high` and
+        `float32_highest` are float32 of a higher than default precision.
+      unknown_loops: `while` loops around products whose number of turns only the running program
+        knows. Their bodies are counted once, so the total is a lower bound unless this is 0.
+    """
+
+    by_kind: Mapping[tuple[str, str], float]
+    unknown_loops: int = 0
+
+    @property
+    def total(self) -> float:
+        """All products, whatever their precision."""
+        return float(sum(self.by_kind.values()))
+
+    @property
+    def matmul(self) -> float:
+        """Matrix products without convolutions and kernels with an estimate of their own."""
+        return float(sum(n for (kind, _), n in self.by_kind.items() if kind == 'dot_general'))
+
+    @property
+    def by_dtype(self) -> dict[str, float]:
+        """FLOPs by operand dtype, largest first."""
+        found: collections.Counter[str] = collections.Counter()
+        for (_, dtype), flops in self.by_kind.items():
+            found[dtype] += flops  # type: ignore[assignment]
+        return {dtype: float(flops) for dtype, flops in found.most_common()}
+
+    @property
+    def bfloat16_passes(self) -> float:
+        """FLOPs that the matrix unit of a TPU performs: precise float32 takes several passes."""
+        return sum(flops * PASSES.get(dtype, 1) for dtype, flops in self.by_dtype.items())
+
+
+def count_flops(function: Callable[..., Any], *arguments: Any) -> Flops:
+    """The products of `function(*arguments)`, over all devices together.
+
+    Scan bodies count as often as they run, of the branches of a `cond` the dearest one, the body
+    of a `shard_map` once per device, a Pallas kernel by its own estimate or else its body once per
+    step of its grid.  Products that no result needs are left out, as the compiler leaves them out;
+    so are the multiplications of a convolution with padding and with the zeros between strides.
+
+    Args:
+      function: may be jitted and may contain derivatives.
+      arguments: arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
+    """
+    closed = jax.make_jaxpr(function)(*arguments)
+    needed, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return _count(needed)
+
+
+def _count(jaxpr: Any) -> Flops:
+    """The products of a jaxpr, closed or not."""
+    total: collections.Counter[tuple[str, str]] = collections.Counter()
+    loops = 0
+    for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+        name = equation.primitive.name
+        if name == 'dot_general':
+            total[name, _dtype(equation)] += _dot_flops(equation)
+            continue
+        if name == 'conv_general_dilated':
+            total[name, _dtype(equation)] += _convolution_flops(equation)
+            continue
+        found, times = _inner(equation)
+        for kind, flops in found.by_kind.items():
+            total[kind] += times * flops  # type: ignore[assignment]
+        loops += found.unknown_loops
+        if name == 'while' and found.by_kind:
+            loops += 1
+    return Flops(dict(total), loops)
+
+
+def _inner(equation: Any) -> tuple[Flops, int]:
+    """What the functions inside of an equation cost, and how often they run."""
+    name, params = equation.primitive.name, equation.params
+    if name == 'cond':
+        return max((_count(branch) for branch in params['branches']), key=lambda f: f.total), 1
+    if name == 'scan':
+        return _count(params['jaxpr']), params['length']
+    if name == 'shard_map':
+        sizes = [params['mesh'].shape[axis] for axis in params['manual_axes']]
+        return _count(params['jaxpr']), math.prod(sizes)
+    if name == 'pallas_call':
+        return _kernel(equation)
+    inner = [_count(value) for value in _jaxprs(params)]
+    merged: collections.Counter[tuple[str, str]] = collections.Counter()
+    for found in inner:
+        merged.update(found.by_kind)
+    return Flops(dict(merged), sum(found.unknown_loops for found in inner)), 1
+
+
+def _kernel(equation: Any) -> tuple[Flops, int]:
+    """A Pallas kernel: its author's estimate, else its body for every step of the grid."""
+    params = equation.params
+    estimate = params.get('cost_estimate')
+    if estimate is not None:
+        dtype = str(equation.invars[-1].aval.dtype)
+        return Flops({('pallas_call', dtype): float(estimate.flops)}), 1
+    grid = params['grid_mapping'].grid
+    known = all(isinstance(size, int) for size in grid)
+    found = _count(params['jaxpr'])
+    if not known:
+        return Flops(found.by_kind, found.unknown_loops + 1), 1
+    return found, math.prod(grid)
+
+
+def _jaxprs(params: Mapping[str, Any]) -> list[Any]:
+    """The jaxprs among an equation's parameters."""
+    values = [
+        item
+        for value in params.values()
+        for item in (value if isinstance(value, (tuple, list)) else (value,))
+    ]
+    return [value for value in values if hasattr(getattr(value, 'jaxpr', value), 'eqns')]
+
+
+def _dtype(equation: Any) -> str:
+    """The operands' dtype; of float32 with its precision where that is not the default."""
+    left, right = (variable.aval.dtype for variable in equation.invars[:2])
+    name = str(jnp.promote_types(left, right))
+    precision = equation.params.get('precision')
+    if precision is None or name != 'float32':
+        return name
+    named = precision if isinstance(precision, tuple) else (precision,)
+    levels = {str(getattr(level, 'name', level)).lower() for level in named}
+    highest = next((level for level in ('highest', 'high') if level in levels), None)
+    return f'{name}_{highest}' if highest else name
+
+
+def _dot_flops(equation: Any) -> int:
+    """2 x batch x rows x columns x contracted."""
+    (contracted, _), _ = equation.params['dimension_numbers']
+    left = equation.invars[0].aval.shape
+    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+
+
+def _convolution_flops(equation: Any) -> int:
+    """2 x pairs of an input and a kernel element that meet in some output element."""
+    params = equation.params
+    numbers = params['dimension_numbers']
+    left, kernel = (variable.aval.shape for variable in equation.invars)
+    result = equation.outvars[0].aval.shape
+    pairs = 1
+    for i, (low, _) in enumerate(params['padding']):
+        pairs *= _window_pairs(
+            left[numbers.lhs_spec[2 + i]],
+            kernel[numbers.rhs_spec[2 + i]],
+            result[numbers.out_spec[2 + i]],
+            params['window_strides'][i],
+            low,
+            params['lhs_dilation'][i],
+            params['rhs_dilation'][i],
+        )
+    channels = kernel[numbers.rhs_spec[1]]
+    return 2 * result[numbers.out_spec[0]] * result[numbers.out_spec[1]] * channels * pairs
+
+
+def _window_pairs(
+    size: int, window: int, outputs: int, stride: int, low: int, holes: int, spread: int
+) -> int:
+    """Pairs (output, window element) that fall on a real input along one dimension.
+
+    Output o and window element w meet at o * stride + w * spread - low of the input with `holes`
+    - 1 zeros after every element.
+    """
+    places = np.arange(outputs)[:, None] * stride + np.arange(window) * spread - low
+    real = (places >= 0) & (places <= (size - 1) * holes) & (places % holes == 0)
+    return int(real.sum())
