@@ -81,8 +81,11 @@ def choose(field: str, value: Any, allowed: Iterable[Any]) -> Any:
     """Returns `value`, or raises a ConfigError that lists what `field` may be."""
     allowed = list(allowed)
     if value not in allowed:
+        names = [name for name in allowed if isinstance(name, str)]
+        near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+        hint = f'; did you mean {near[0]!r}?' if near else ''
         raise ConfigError(
-            f'config field {field} is {value!r}; allowed: {", ".join(map(repr, allowed))}'
+            f'config field {field} is {value!r}; allowed: {", ".join(map(repr, allowed))}{hint}'
         )
     return value
 

@@ -152,6 +152,38 @@ def test_a_reference_to_nothing_says_what_there_is(path, value, told):
         schema.resolve(changed(path, value))
 
 
+@pytest.mark.parametrize('path', ['stages.labels', 'stages.student.streams.s.sources.b'])
+@pytest.mark.parametrize(
+    ('steps', 'told'),
+    [
+        (({'kind': 'confidnce'},), r"filter\[0\].kind is 'confidnce'.*did you mean 'confidence'"),
+        (({'kind': 'empty'}, {'kind': 'luck'}), r"filter\[1\].kind is 'luck'; allowed: 'confid"),
+        ({'percentile': 10.0}, r'filter\[0\].kind is None; allowed'),
+        ({'kind': 'confidence'}, 'needs either percentile or threshold, it has neither'),
+        ({'kind': 'confidence', 'percentil': 10.0}, "percentil: did you mean 'percentile'"),
+        ({'kind': 'confidence', 'threshold': 'high'}, "threshold is 'high'; it must be a number"),
+        ({'kind': 'confidence', 'percentile': 100.0}, 'must be 0 <= p < 100'),
+        ({'kind': 'words_per_second', 'max': '4'}, r"max is '4' \(str\); it must be a float"),
+        ('empty', "filter is 'empty'; it must be a list of steps"),
+        ((), 'must be a list of steps, at least one'),
+        (('empty',), r"filter\[0\] is 'empty'; a step is a group"),
+    ],
+)
+def test_a_bad_filter_is_found_before_the_labels_are_made(path, steps, told):
+    with pytest.raises(ConfigError, match=rf'{path}\.{told}' if 'filter' in told else told):
+        schema.resolve(changed(f'{path}.filter', steps))
+
+
+def test_a_filter_needs_labels_that_a_teacher_wrote():
+    config = changed('stages.student.streams.s.sources.b.filter', {'kind': 'empty'})
+    schema.resolve(config)
+    config['stages']['student']['streams']['s']['sources']['b']['labels'] = 'text'
+    with pytest.raises(
+        ConfigError, match=r"b\.filter needs labels of a pseudo_label stage.*'text'"
+    ):
+        schema.resolve(config)
+
+
 def test_a_misspelt_field_of_a_selection_is_found_before_any_work():
     with pytest.raises(ConfigError, match="selections.train.split: did you mean 'splits'"):
         schema.resolve(changed('selections.train.split', ('train',)))

@@ -9,26 +9,19 @@ whole. The key (hashes of teacher, decoder and config) lies in the file's own me
 the same key is done and skipped, one with another key is an error, since mixing two teachers'
 labels would go unnoticed for ever. Only `labels.json` makes the set visible to readers. Killing
 the job anywhere and starting it again gives the same files.
-
-Filters never touch the files: they are cheap, are run when a stream is opened, and say how many
-hours they keep and why the rest goes.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bigssl_jax import config as config_lib
-from bigssl_jax.config import ConfigError
 from bigssl_jax.data.errors import DataError
 
 FORMAT = 'bigssl_labels_1'
@@ -226,149 +219,6 @@ class LabelSet:
             return pa.concat_tables([pq.ParquetFile(p).read(columns=columns) for p in paths])
         except (OSError, pa.ArrowException) as error:
             raise DataError(f'{self.directory}: a part cannot be read: {error}') from None
-
-    def keep_mask(self, steps: Any = None) -> np.ndarray:
-        """Which rows a filter keeps: bool [num_rows]; everything without steps."""
-        if steps is None:
-            return np.ones(self.num_rows, bool)
-        return filter_labels(self, steps).keep
-
-
-@dataclasses.dataclass(frozen=True)
-class FilterResult:
-    """What a filter kept.
-
-    Attributes:
-      keep: bool [rows] in the label set's order.
-      report: one entry per step: {'kind', 'limits', 'kept_rows', 'kept_hours', 'removed_rows',
-        'removed_hours'}, counting what the step itself removed.
-    """
-
-    keep: np.ndarray
-    ids: list[str]
-    report: list[dict[str, Any]]
-
-    @property
-    def kept_hours(self) -> float:
-        return self.report[-1]['kept_hours']
-
-
-FILTERS: dict[str, dict[str, Any]] = {
-    'confidence': {'percentile': None, 'threshold': None, 'column': 'confidence'},
-    'words_per_second': {'min': 0.0, 'max': np.inf},
-    'characters_per_second': {'min': 0.0, 'max': np.inf},
-    'empty': {},
-    'repeats': {'words': 3, 'times': 3},
-    'keep_all': {},
-}
-
-
-def filter_labels(label_set: LabelSet, steps: Any) -> FilterResult:
-    """Applies filter steps in order; cheap, writes nothing.
-
-    Steps, as one mapping or a list of them, each with `kind`:
-      confidence: `threshold` keeps rows with at least this confidence; or `percentile` p drops the
-        p % of rows (among those still kept) with the lowest. `column` 'confidence' or 'score'.
-      words_per_second, characters_per_second: `min` <= rate <= `max`.
-      empty: drops empty text.
-      repeats: drops text in which a run of 1 to `words` words stands at least `times` times in a
-        row.
-      keep_all: drops nothing.
-
-    Raises:
-      ConfigError: unknown kind or field.
-    """
-    steps = [steps] if isinstance(steps, Mapping) else list(steps)
-    if not steps:
-        raise ConfigError("a filter needs at least one step; use {'kind': 'keep_all'}")
-    seconds = label_set.table(['seconds'])['seconds'].to_numpy().astype(np.float64)
-    keep: np.ndarray = np.ones(label_set.num_rows, bool)
-    report: list[dict[str, Any]] = []
-    for number, step in enumerate(steps):
-        step = dict(step)
-        kind = config_lib.choose(f'filter[{number}].kind', step.pop('kind', None), FILTERS)
-        step = config_lib.merge(f'filter[{number}]', FILTERS[kind], step)
-        good, limits = _STEPS[kind](label_set, step, keep, seconds)
-        removed = keep & ~good
-        keep = keep & good
-        report.append(
-            {
-                'kind': kind,
-                'limits': limits,
-                'kept_rows': int(keep.sum()),
-                'kept_hours': float(seconds[keep].sum() / 3600),
-                'removed_rows': int(removed.sum()),
-                'removed_hours': float(seconds[removed].sum() / 3600),
-            }
-        )
-    ids = label_set.table(['id'])['id'].filter(pa.array(keep)).to_pylist()
-    return FilterResult(keep, ids, report)
-
-
-def _keep_confident(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: np.ndarray):
-    percentile, threshold = step['percentile'], step['threshold']
-    config_lib.choose('filter.column', step['column'], ('confidence', 'score'))
-    if (percentile is None) == (threshold is None):
-        raise ConfigError('filter kind confidence needs either percentile or threshold')
-    values = label_set.table([step['column']])[step['column']].to_numpy().astype(np.float64)
-    values = np.nan_to_num(values, nan=-np.inf)
-    if percentile is None:
-        return values >= threshold, {'threshold': float(threshold)}
-    if not 0 <= percentile < 100:
-        raise ConfigError(f'filter percentile is {percentile!r}; it must be 0 <= p < 100')
-    # Exactly the lowest p % go, whatever ties there are: rank by (value, position in the set).
-    candidates = np.flatnonzero(keep)
-    ranked = candidates[np.argsort(values[candidates], kind='stable')]
-    drop = int(len(ranked) * percentile / 100)
-    good = keep.copy()
-    good[ranked[:drop]] = False
-    lowest = float(values[ranked[drop]]) if drop < len(ranked) else float('nan')
-    return good, {'percentile': float(percentile), 'threshold': lowest}
-
-
-def _keep_rate(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: np.ndarray, words: bool):
-    text = label_set.table(['text'])['text']
-    if words:
-        pieces = pc.split_pattern(pc.utf8_trim_whitespace(text), ' ')
-        count = pc.if_else(pc.equal(text, ''), 0, pc.list_value_length(pieces))
-    else:
-        count = pc.utf8_length(text)
-    rate = count.to_numpy().astype(np.float64) / np.maximum(seconds, 1e-3)
-    limits = {'min': float(step['min']), 'max': float(step['max'])}
-    return (rate >= limits['min']) & (rate <= limits['max']), limits
-
-
-def _keep_filled(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: np.ndarray):
-    text = pc.utf8_trim_whitespace(label_set.table(['text'])['text'])
-    return pc.greater(pc.utf8_length(text), 0).to_numpy().astype(bool), {}
-
-
-def _keep_unrepeated(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: np.ndarray):
-    texts = label_set.table(['text'])['text'].to_pylist()
-    good = np.array([not has_repeats(t, step['words'], step['times']) for t in texts], bool)
-    return good, {'words': step['words'], 'times': step['times']}
-
-
-def has_repeats(text: str, words: int, times: int) -> bool:
-    """Whether a run of 1..`words` words stands `times` times or more in a row."""
-    tokens = text.split()
-    for length in range(1, words + 1):
-        same = 0  # how many words in a row equal the word `length` places earlier
-        for place in range(length, len(tokens)):
-            same = same + 1 if tokens[place] == tokens[place - length] else 0
-            if same >= length * (times - 1):
-                return True
-    return False
-
-
-_STEPS: dict[str, Callable] = {
-    'confidence': _keep_confident,
-    'words_per_second': functools.partial(_keep_rate, words=True),
-    'characters_per_second': functools.partial(_keep_rate, words=False),
-    'empty': _keep_filled,
-    'repeats': _keep_unrepeated,
-    'keep_all': lambda label_set, step, keep, seconds: (np.ones(len(keep), bool), {}),
-}
 
 
 def _table(columns: Mapping[str, Sequence]) -> pa.Table:

@@ -23,7 +23,7 @@ import numpy as np
 
 from bigssl_jax import config as config_lib
 from bigssl_jax.config import ConfigError
-from bigssl_jax.data import label_sets
+from bigssl_jax.data import label_filters, label_sets
 from bigssl_jax.data.buckets import encoder_frames
 from bigssl_jax.data.corpus import Corpus
 from bigssl_jax.data.errors import DataError
@@ -35,7 +35,7 @@ SOURCE_DEFAULTS: dict[str, Any] = {
     'selection': None,  # a selection spec, or the name of one in the stream's `selections`
     'task': None,  # instead of a selection: the name of a registered seqio task or mixture
     'labels': None,  # None, 'text' (the corpus's transcripts), or the folder of a label set
-    'filter': None,  # steps for `label_sets.filter_labels`
+    'filter': None,  # steps for `label_filters.filter_labels`
     'weight': 1.0,
 }
 _BLOCK = 1 << 16
@@ -237,7 +237,7 @@ class _Labels:
             return
         import pyarrow.compute as pc
 
-        kept = label_set.keep_mask(steps)
+        kept = label_filters.keep_mask(label_set, steps)
         known, column = label_set.table(['id'])['id'].combine_chunks(), corpus.column('id')
         texts = label_set.table(['text'])['text']
         for start in range(0, rows.size, _BLOCK):

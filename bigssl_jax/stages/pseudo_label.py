@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from bigssl_jax.config import config_hash
-from bigssl_jax.data.label_sets import LabelSet, LabelWriter, filter_labels
+from bigssl_jax.data.label_filters import filter_labels, keep_mask
+from bigssl_jax.data.label_sets import LabelSet, LabelWriter
 from bigssl_jax.data.stream import Stream, one_pass
 from bigssl_jax.data.text import normalise_text
 from bigssl_jax.evaluation.confidence import label_quality
@@ -86,7 +87,7 @@ def _columns(found: list[Hypothesis], stream: Stream) -> dict[str, list]:
 
 def _kept(labels: LabelSet, steps: Any) -> dict[str, Any]:
     """What the stage's filter would keep; the student's stream applies the same steps itself."""
-    if not steps:
+    if steps is None:
         return {'kept_hours': round(labels.hours, 3), 'filter': []}
     result = filter_labels(labels, steps)
     return {'kept_hours': round(result.kept_hours, 3), 'filter': result.report}
@@ -99,7 +100,7 @@ def measure_quality(context: Context, labels: LabelSet, stream: Stream) -> dict[
     truth = dict(zip(source.column('id'), source.column('text'), strict=True))
     speakers = dict(zip(source.column('id'), source.column('speaker'), strict=True))
     table = labels.table(['id', 'text', 'confidence']).to_pydict()
-    kept = labels.keep_mask(context.fields['filter'] or None)
+    kept = keep_mask(labels, context.fields['filter'])
     known = [i for i, name in enumerate(table['id']) if truth[name]]
     if not known:
         return None

@@ -16,6 +16,7 @@ from typing import Any
 from bigssl_jax.audio import AudioConfig, NoiseConfig, SpecAugmentConfig, SpeedConfig
 from bigssl_jax.config import ConfigError, choose, config_hash, merge, to_dict, unknown_field
 from bigssl_jax.data import selection as selection_lib
+from bigssl_jax.data.label_filters import check_filter
 from bigssl_jax.models import ConformerConfig
 from bigssl_jax.models.presets import NAMES, conformer
 from bigssl_jax.objectives import CTC, BestRQ, Wav2Vec2
@@ -157,6 +158,8 @@ def resolve(config: Any) -> dict[str, Any]:
         stages[name] = merge(f'stages.{name}', KINDS[kind], fields)
         if KINDS[kind] is TRAINING:
             stages[name] = _training_stage(f'stages.{name}', stages[name])
+        if kind == 'pseudo_label':
+            _check_filter(f'stages.{name}.filter', stages[name]['filter'], name)
     resolved['stages'] = stages
     _check_references(resolved)
     return resolved
@@ -197,6 +200,8 @@ def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
         stream['sources'] = _table(f'{path}.sources', stream['sources'], SOURCE)
         if not stream['sources']:
             raise ConfigError(f'config field {path}.sources is empty; name at least one source')
+        for source, fields in stream['sources'].items():
+            _check_filter(f'{path}.sources.{source}.filter', fields['filter'], fields['labels'])
     objectives = {}
     for name, fields in stage['objectives'].items():
         path = f'{field}.objectives.{name}'
@@ -231,6 +236,18 @@ def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
         choose(f'{path}.algorithm', group['algorithm'], ALGORITHMS)
         choose(f'{path}.schedule', group['schedule'], SHAPES)
     return stage
+
+
+def _check_filter(field: str, steps: Any, labels: str) -> None:
+    """Refuses a bad filter now: a stream would meet it when the labels are made, hours later."""
+    if steps is None:
+        return
+    check_filter(field, steps)
+    if labels in ('', 'text'):
+        raise ConfigError(
+            f'config field {field} needs labels of a pseudo_label stage, but labels is {labels!r};'
+            ' remove the filter, or name the stage in labels'
+        )
 
 
 def make_objective(fields: Mapping[str, Any], vocabulary_size: int | None, num_mels: int) -> Any:

@@ -12,7 +12,8 @@ import pytest
 
 from bigssl_jax.config import ConfigError
 from bigssl_jax.data.errors import DataError
-from bigssl_jax.data.label_sets import LabelSet, LabelWriter, filter_labels, has_repeats
+from bigssl_jax.data.label_filters import filter_labels, has_repeats
+from bigssl_jax.data.label_sets import LabelSet, LabelWriter
 
 KEY = {'teacher': 'aa', 'decoder': 'bb', 'config': 'cc'}
 
@@ -213,7 +214,9 @@ def test_a_filter_reports_hours_and_reasons(labels):
         ),
         ({'kind': 'confidence', 'percentile': 100}, 'must be 0 <= p < 100'),
         ({'kind': 'empty', 'words': 3}, 'words'),
-        ([], 'at least one step'),
+        ({'kind': 'words_per_second', 'min': 4.0, 'max': 1.0}, 'above max'),
+        ({'kind': 'repeats', 'times': 1}, 'times at least 2'),
+        ([], 'at least one'),
     ],
 )
 def test_bad_filters_are_named(labels, step, message):

@@ -1,0 +1,215 @@
+"""Filters of label sets: which of a teacher's labels a student may learn from.
+
+    steps  --check_filter-->  every argument set     when the config is read
+           --filter_labels-->  bool [rows], report    when a stream is opened
+
+Filters never touch the files: they are cheap, are run anew for every stream, and say how many hours
+they keep and why the rest goes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bigssl_jax import config as config_lib
+from bigssl_jax.config import ConfigError
+from bigssl_jax.data.label_sets import LabelSet
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterResult:
+    """What a filter kept.
+
+    Attributes:
+      keep: bool [rows] in the label set's order.
+      report: one entry per step: {'kind', 'limits', 'kept_rows', 'kept_hours', 'removed_rows',
+        'removed_hours'}, counting what the step itself removed.
+    """
+
+    keep: np.ndarray
+    ids: list[str]
+    report: list[dict[str, Any]]
+
+    @property
+    def kept_hours(self) -> float:
+        return self.report[-1]['kept_hours']
+
+
+FILTERS: dict[str, dict[str, Any]] = {
+    'confidence': {'percentile': None, 'threshold': None, 'column': 'confidence'},
+    'words_per_second': {'min': 0.0, 'max': np.inf},
+    'characters_per_second': {'min': 0.0, 'max': np.inf},
+    'empty': {},
+    'repeats': {'words': 3, 'times': 3},
+    'keep_all': {},
+}
+
+
+def check_filter(field: str, steps: Any) -> list[dict[str, Any]]:
+    """The steps of a filter (see `filter_labels`) with every argument set.
+
+    Needs no label set: a mistake in a config is found before the labels are made.
+
+    Args:
+      field: where the steps stand, for messages.
+      steps: one mapping or a list of them.
+
+    Raises:
+      ConfigError: no step, an unknown kind or argument (naming the nearest), one that is missing,
+        of another type or outside its range.
+    """
+    steps = [steps] if isinstance(steps, Mapping) else steps
+    if not isinstance(steps, (list, tuple)) or not steps:
+        raise ConfigError(
+            f'config field {field} is {steps!r}; it must be a list of steps, at least one, such as'
+            " {'kind': 'keep_all'}"
+        )
+    return [_checked_step(f'{field}[{number}]', step) for number, step in enumerate(steps)]
+
+
+def _checked_step(field: str, step: Any) -> dict[str, Any]:
+    if not isinstance(step, Mapping):
+        raise ConfigError(
+            f"config field {field} is {step!r}; a step is a group such as {{'kind': 'empty'}}"
+        )
+    kind = config_lib.choose(f'{field}.kind', step.get('kind'), FILTERS)
+    given = {name: value for name, value in step.items() if name != 'kind'}
+    checked = config_lib.merge(field, FILTERS[kind], given)
+    if kind == 'confidence':
+        _check_confidence(field, checked)
+    elif 'min' in checked and not checked['min'] <= checked['max']:
+        raise ConfigError(
+            f'config field {field}.min is {checked["min"]!r}, above max, {checked["max"]!r}:'
+            ' nothing would be kept'
+        )
+    elif kind == 'repeats' and (checked['words'] < 1 or checked['times'] < 2):
+        raise ConfigError(
+            f'config field {field} has words={checked["words"]!r}, times={checked["times"]!r};'
+            ' words must be at least 1, times at least 2'
+        )
+    return {'kind': kind, **checked}
+
+
+def _check_confidence(field: str, step: Mapping[str, Any]) -> None:
+    config_lib.choose(f'{field}.column', step['column'], ('confidence', 'score'))
+    given = [name for name in ('percentile', 'threshold') if step[name] is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            f'config field {field} needs either percentile or threshold, it has'
+            f' {" and ".join(given) or "neither"}'
+        )
+    value = step[given[0]]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or np.isnan(value):
+        raise ConfigError(f'config field {field}.{given[0]} is {value!r}; it must be a number')
+    if given[0] == 'percentile' and not 0 <= value < 100:
+        raise ConfigError(f'config field {field}.percentile is {value!r}; it must be 0 <= p < 100')
+
+
+def keep_mask(label_set: LabelSet, steps: Any = None) -> np.ndarray:
+    """Which rows a filter keeps: bool [num_rows]; everything without steps."""
+    if steps is None:
+        return np.ones(label_set.num_rows, bool)
+    return filter_labels(label_set, steps).keep
+
+
+def filter_labels(label_set: LabelSet, steps: Any) -> FilterResult:
+    """Applies filter steps in order; cheap, writes nothing.
+
+    Steps, as one mapping or a list of them, each with `kind`:
+      confidence: `threshold` keeps rows with at least this confidence; or `percentile` p drops the
+        p % of rows (among those still kept) with the lowest. `column` 'confidence' or 'score'.
+      words_per_second, characters_per_second: `min` <= rate <= `max`.
+      empty: drops empty text.
+      repeats: drops text in which a run of 1 to `words` words stands at least `times` times in a
+        row.
+      keep_all: drops nothing.
+
+    Raises:
+      ConfigError: as `check_filter`.
+    """
+    seconds = label_set.table(['seconds'])['seconds'].to_numpy().astype(np.float64)
+    keep: np.ndarray = np.ones(label_set.num_rows, bool)
+    report: list[dict[str, Any]] = []
+    for step in check_filter('filter', steps):
+        kind = step['kind']
+        good, limits = _STEPS[kind](label_set, step, keep, seconds)
+        removed = keep & ~good
+        keep = keep & good
+        report.append(
+            {
+                'kind': kind,
+                'limits': limits,
+                'kept_rows': int(keep.sum()),
+                'kept_hours': float(seconds[keep].sum() / 3600),
+                'removed_rows': int(removed.sum()),
+                'removed_hours': float(seconds[removed].sum() / 3600),
+            }
+        )
+    ids = label_set.table(['id'])['id'].filter(pa.array(keep)).to_pylist()
+    return FilterResult(keep, ids, report)
+
+
+def _keep_confident(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: np.ndarray):
+    percentile, threshold = step['percentile'], step['threshold']
+    values = label_set.table([step['column']])[step['column']].to_numpy().astype(np.float64)
+    values = np.nan_to_num(values, nan=-np.inf)
+    if percentile is None:
+        return values >= threshold, {'threshold': float(threshold)}
+    # Exactly the lowest p % go, whatever ties there are: rank by (value, position in the set).
+    candidates = np.flatnonzero(keep)
+    ranked = candidates[np.argsort(values[candidates], kind='stable')]
+    drop = int(len(ranked) * percentile / 100)
+    good = keep.copy()
+    good[ranked[:drop]] = False
+    lowest = float(values[ranked[drop]]) if drop < len(ranked) else float('nan')
+    return good, {'percentile': float(percentile), 'threshold': lowest}
+
+
+def _keep_rate(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: np.ndarray, words: bool):
+    text = label_set.table(['text'])['text']
+    if words:
+        pieces = pc.split_pattern(pc.utf8_trim_whitespace(text), ' ')
+        count = pc.if_else(pc.equal(text, ''), 0, pc.list_value_length(pieces))
+    else:
+        count = pc.utf8_length(text)
+    rate = count.to_numpy().astype(np.float64) / np.maximum(seconds, 1e-3)
+    limits = {'min': float(step['min']), 'max': float(step['max'])}
+    return (rate >= limits['min']) & (rate <= limits['max']), limits
+
+
+def _keep_filled(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: np.ndarray):
+    text = pc.utf8_trim_whitespace(label_set.table(['text'])['text'])
+    return pc.greater(pc.utf8_length(text), 0).to_numpy().astype(bool), {}
+
+
+def _keep_unrepeated(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: np.ndarray):
+    texts = label_set.table(['text'])['text'].to_pylist()
+    good = np.array([not has_repeats(t, step['words'], step['times']) for t in texts], bool)
+    return good, {'words': step['words'], 'times': step['times']}
+
+
+def has_repeats(text: str, words: int, times: int) -> bool:
+    """Whether a run of 1..`words` words stands `times` times or more in a row."""
+    tokens = text.split()
+    for length in range(1, words + 1):
+        same = 0  # how many words in a row equal the word `length` places earlier
+        for place in range(length, len(tokens)):
+            same = same + 1 if tokens[place] == tokens[place - length] else 0
+            if same >= length * (times - 1):
+                return True
+    return False
+
+
+_STEPS: dict[str, Callable] = {
+    'confidence': _keep_confident,
+    'words_per_second': functools.partial(_keep_rate, words=True),
+    'characters_per_second': functools.partial(_keep_rate, words=False),
+    'empty': _keep_filled,
+    'repeats': _keep_unrepeated,
+    'keep_all': lambda label_set, step, keep, seconds: (np.ones(len(keep), bool), {}),
+}
