@@ -117,6 +117,8 @@ def pretrain(steps: int) -> dict:
                 'num_codebooks': 4,
                 'mask_span_ms': 120.0,
                 'mask_start_probability': 0.03,
+                # A healthy run leaves chance behind at step 140.
+                'collapse_after_steps': 1500,
             }
         },
         'streams': {

@@ -45,4 +45,6 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
         stage = config.stages[name]
         stage.steps = int(steps * scale)
         stage.optimizer.groups.all.warmup = stage.steps // 10
+    # The learning rate warms up for 1,200 steps here.
+    config.stages.pretrain.objectives.best_rq.collapse_after_steps = 4000
     return config

@@ -2,7 +2,7 @@
 
 An objective is a frozen dataclass with `name`, `init_params(key, encoder_config)`,
 `init_constants(key)`, `totals(encode, params, constants, batch, key)`, `summarise(totals)` and
-`health(summary)`.  Totals are additive: summing them over micro-batches or steps is exact.
+`health(summary, step)`.  Totals are additive: summing them over micro-batches or steps is exact.
 """
 
 from bigssl_jax.objectives.best_rq import BestRQ

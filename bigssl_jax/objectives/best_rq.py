@@ -12,9 +12,15 @@ loss is the mean of their cross-entropies.
 Mask rate: starts are drawn at the *input*, per 10-ms frame: 0.01 with 400 ms masks 33 % of it.  The
 same probability drawn after subsampling would mask 9.6 %.
 
-Collapse is judged by the entropy of the targets relative to the most there could be.  On real
+Collapse of the targets is judged by their entropy relative to the most there could be.  On real
 speech this share is 0.65 to 0.7 for 256 to 8192 codes with normalised features, and below 0.2 with
 raw log-mel (perplexity 3 of 8192).  The perplexity itself hardly grows with the codebook.
+
+Collapse of the predictions (one code, whatever the audio) looks like every healthy beginning: a
+model learns how frequent the codes are long before it hears them.  The quickstart's predictions had
+a perplexity of 13 after 20 steps, 1.5 after 60, 2 after 120, 14 after 500, and their accuracy rose
+above that of the most frequent code at step 140.  So only time tells the two apart, and the alarm
+keeps silent for `collapse_after_steps`.
 """
 
 import dataclasses
@@ -62,6 +68,10 @@ class BestRQ:
       num_mels: dimension of the features.
       min_entropy_share: `health` complains when the codes' entropy falls below this share of
         ln(codebook size) (or of ln(scored frames), when those are fewer).
+      collapse_after_steps: from this step on `health` judges the predictions too.  Leave room for
+        the learning rate to warm up: long spans and many codes teach nothing for long.
+      min_predicted_perplexity: `health` then complains when the perplexity of the predictions is
+        below this (1 is always the same code), or their accuracy is not above chance.
     """
 
     num_codebooks: int = 1
@@ -72,6 +82,8 @@ class BestRQ:
     noise_std: float = 0.1
     num_mels: int = 80
     min_entropy_share: float = 0.3
+    collapse_after_steps: int = 5000
+    min_predicted_perplexity: float = 1.5
     name: str = 'best_rq'
 
     def __post_init__(self) -> None:
@@ -85,6 +97,15 @@ class BestRQ:
             )
         if self.mask_span_ms <= 0:
             raise ValueError(f'best_rq.mask_span_ms is {self.mask_span_ms}; it must be above 0')
+        if self.collapse_after_steps < 0:
+            raise ValueError(
+                f'best_rq.collapse_after_steps is {self.collapse_after_steps}; it must be >= 0'
+            )
+        if not 1.0 <= self.min_predicted_perplexity <= self.codebook_size:
+            raise ValueError(
+                f'best_rq.min_predicted_perplexity is {self.min_predicted_perplexity}; allowed: 1'
+                f' to the codebook_size, {self.codebook_size}'
+            )
 
     def init_params(self, key: jax.Array, encoder_config: Any) -> dict[str, Any]:
         """Boxed head: kernel [N, D, V] (LeCun normal) and bias [N, V], float32."""
@@ -178,15 +199,17 @@ class BestRQ:
             / math.log(max(min(self.codebook_size, masked), 2)),
         }
 
-    def health(self, summary: Mapping[str, float]) -> str | None:
-        """Advice when the targets have collapsed or nothing is masked, else None."""
+    def health(self, summary: Mapping[str, float], step: int) -> str | None:
+        """Advice when targets or predictions have collapsed or nothing is masked, else None."""
         if summary['masked_frames'] == 0:
             return (
                 'no frame was masked: raise best_rq.mask_start_probability '
                 f'({self.mask_start_probability}) or check that the batches hold audio'
             )
-        enough = summary['masked_frames'] >= 200
-        if enough and summary['code_entropy_share'] < self.min_entropy_share:
+        if (
+            summary['masked_frames'] >= 200
+            and summary['code_entropy_share'] < self.min_entropy_share
+        ):
             return (
                 f'the codes have collapsed: perplexity {summary["code_perplexity"]:.1f} of '
                 f'{self.codebook_size} codes, {summary["code_entropy_share"]:.2f} of the largest '
@@ -194,7 +217,25 @@ class BestRQ:
                 'feature_mean and feature_std are those of this corpus, per dimension, and that '
                 'the audio is not silence'
             )
+        # Fewer frames than these would make chance, a share of the most frequent, look too good.
+        if summary['masked_frames'] >= 1000 and step >= self.collapse_after_steps:
+            return self._prediction_advice(summary)
         return None
+
+    def _prediction_advice(self, summary: Mapping[str, float]) -> str | None:
+        """Advice when (nearly) one code is predicted for everything, else None."""
+        accuracy, chance = summary['masked_accuracy'], summary['chance']
+        perplexity = summary['predicted_perplexity']
+        if accuracy > chance and perplexity >= self.min_predicted_perplexity:
+            return None
+        return (
+            f'the predictions have collapsed: their perplexity is {perplexity:.2f} (least allowed: '
+            f'best_rq.min_predicted_perplexity={self.min_predicted_perplexity}), their accuracy '
+            f'{accuracy:.1%}, and always naming the most frequent code would reach {chance:.1%}; '
+            'lower the peak learning rate or lengthen its warm-up, shorten best_rq.mask_span_ms, '
+            'or, where learning is only slow, raise best_rq.collapse_after_steps '
+            f'({self.collapse_after_steps})'
+        )
 
 
 def mask_features(

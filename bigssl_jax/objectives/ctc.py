@@ -140,7 +140,7 @@ class CTC:
             'frames_per_label': frames / labels,
         }
 
-    def health(self, summary: Mapping[str, float]) -> str | None:
+    def health(self, summary: Mapping[str, float], step: int) -> str | None:
         """Advice when many utterances cannot be aligned, else None."""
         if summary['invalid_fraction'] > self.max_invalid:
             return (

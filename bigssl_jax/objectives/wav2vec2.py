@@ -161,7 +161,7 @@ class Wav2Vec2:
             'context_variance': float(totals['context_spread']) / scored,
         }
 
-    def health(self, summary: Mapping[str, float]) -> str | None:
+    def health(self, summary: Mapping[str, float], step: int) -> str | None:
         """Advice when the targets have collapsed or nothing is masked, else None."""
         if summary['masked_frames'] == 0:
             return (

@@ -70,7 +70,7 @@ class Run:
       schedules: group name -> schedule.
       key: the stage's random key.
       summarise: accumulated totals of all terms -> readable metrics.
-      health: metrics -> advice when an objective has collapsed, else None.
+      health: (metrics, step) -> advice when an objective has collapsed, else None.
       evaluate: state -> metrics on the dev set, or None.
       later_audio_seconds: audio that later stages will train on, for the time left.
     """
@@ -83,7 +83,7 @@ class Run:
     schedules: Mapping[str, Schedule]
     key: jax.Array
     summarise: Callable[[Mapping[str, Any]], dict[str, float]]
-    health: Callable[[Mapping[str, float]], str | None]
+    health: Callable[[Mapping[str, float], int], str | None]
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
     later_audio_seconds: float = 0.0
 
@@ -209,7 +209,7 @@ class Window:
                 f'{self._run.name}: {metrics["skipped"]} steps had a loss or gradient that was not'
                 f' finite (allowed: {self._settings.max_skipped}); lower the peak learning rate'
             )
-        advice = self._run.health(metrics) if finite else None
+        advice = self._run.health(metrics, step) if finite else None
         if advice:
             raise TrainingFailed(f'{self._run.name}, step {step}: {advice}')
         self._reset(step)

@@ -199,11 +199,11 @@ class Trainer:
             metrics |= {f'{name}/{metric}': value for metric, value in summary.items()}
         return metrics
 
-    def health(self, metrics: Mapping[str, float]) -> str | None:
-        """The first objective's advice, when one has collapsed."""
+    def health(self, metrics: Mapping[str, float], step: int) -> str | None:
+        """The first objective's advice, when one has collapsed by `step`."""
         for name, objective in self.objectives.items():
             own = {k.removeprefix(f'{name}/'): v for k, v in metrics.items() if k.startswith(name)}
-            advice = objective.health(own)
+            advice = objective.health(own, step)
             if advice:
                 return advice
         return None

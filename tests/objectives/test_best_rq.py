@@ -166,12 +166,14 @@ def test_summary_in_closed_form():
 
 def test_health_speaks_only_when_something_is_wrong():
     objective = BestRQ(1, 8)
-    assert objective.health(objective.summarise(totals_of([40] * 8))) is None
-    collapsed = objective.health(objective.summarise(totals_of([397, 1, 1, 1, 0, 0, 0, 0])))
+    assert objective.health(objective.summarise(totals_of([40] * 8)), step=1) is None
+    collapsed = objective.health(objective.summarise(totals_of([397, 1, 1, 1, 0, 0, 0, 0])), step=1)
     assert collapsed and 'collapsed' in collapsed and 'feature_mean' in collapsed
     # A few frames say nothing about a codebook.
-    assert objective.health(objective.summarise(totals_of([20, 0, 0, 0, 0, 0, 0, 0]))) is None
-    nothing = objective.health(objective.summarise(totals_of([0] * 8)))
+    assert (
+        objective.health(objective.summarise(totals_of([20, 0, 0, 0, 0, 0, 0, 0])), step=1) is None
+    )
+    nothing = objective.health(objective.summarise(totals_of([0] * 8)), step=1)
     assert nothing and 'mask_start_probability' in nothing
 
 
@@ -194,9 +196,80 @@ def test_alarm_catches_missing_normalisation(bench, batches):
     features, mask = jax.jit(raw.features)(batch)
     rows = np.asarray(features)[np.asarray(mask)]
     good = objective.summarise(jax.device_get(totals(rows.mean(0), rows.std(0))))
-    assert objective.health(good) is None
+    assert objective.health(good, step=1) is None
     bad = objective.summarise(jax.device_get(totals(*none)))
-    assert 'collapsed' in objective.health(bad)
+    assert 'collapsed' in objective.health(bad, step=1)
+
+
+# Every 20 steps of `make quickstart`, two cores, seed 0: step, accuracy, chance, perplexity of the
+# predictions; 4000 scored frames each.
+HEALTHY = (
+    (20, 0.0235, 0.1014, 12.94), (40, 0.0845, 0.0994, 2.65), (60, 0.0942, 0.0957, 1.49),
+    (80, 0.0918, 0.0954, 1.53), (100, 0.0944, 0.0944, 1.71), (120, 0.0847, 0.0841, 2.16),
+    (140, 0.0913, 0.0855, 2.83), (160, 0.1044, 0.0919, 3.44), (200, 0.1259, 0.0949, 4.45),
+    (320, 0.1439, 0.0979, 8.94), (520, 0.1696, 0.0827, 13.72), (1020, 0.2120, 0.0930, 17.96),
+)  # fmt: skip
+
+
+def predicted(objective, accuracy, chance, perplexity, frames=4000):
+    """A summary of healthy targets with these predictions."""
+    targets = objective.summarise(totals_of([[frames // 64] * 64] * objective.num_codebooks))
+    return targets | {
+        'masked_accuracy': accuracy,
+        'chance': chance,
+        'predicted_perplexity': perplexity,
+        'masked_frames': float(frames),
+    }
+
+
+def test_a_healthy_run_is_never_alarmed_once_the_warm_up_is_over():
+    objective = BestRQ(4, 64, collapse_after_steps=140)
+    for step, *figures in HEALTHY:
+        assert objective.health(predicted(objective, *figures), step) is None
+    # The same curve does look collapsed in its beginning, which is what the window is for.
+    hasty = dataclasses.replace(objective, collapse_after_steps=0)
+    alarms = [step for step, *f in HEALTHY if hasty.health(predicted(hasty, *f), step)]
+    assert alarms == [20, 40, 60, 80, 100]
+
+
+@pytest.mark.parametrize(
+    ('accuracy', 'chance', 'perplexity'),
+    [(0.09, 0.09, 1.0), (0.005, 0.09, 1.0), (0.1, 0.09, 1.2), (0.08, 0.09, 30.0)],
+    ids=['the most frequent code', 'another code', 'nearly one code', 'codes at random'],
+)
+def test_collapsed_predictions_are_noticed_after_the_warm_up(accuracy, chance, perplexity):
+    objective = BestRQ(1, 64, collapse_after_steps=1000)
+    summary = predicted(objective, accuracy, chance, perplexity)
+    assert objective.health(summary, 999) is None
+    advice = objective.health(summary, 1000)
+    assert advice and 'predictions have collapsed' in advice
+    for word in ('min_predicted_perplexity=1.5', 'collapse_after_steps (1000)', 'learning rate'):
+        assert word in advice
+    # So few frames tell nothing of how frequent a code is.
+    assert objective.health(predicted(objective, accuracy, chance, perplexity, 640), 1000) is None
+
+
+def test_an_encoder_that_is_deaf_collapses_and_is_noticed(bench):
+    """On the real path: a head that hears nothing learns the most frequent code, and no more."""
+    objective = BestRQ(1, 64, 8, 0.04, 80.0, num_mels=16, collapse_after_steps=5)
+    params, constants = bench.init(objective)
+    batch = tone_batch(rows=16)
+    totals, _ = bench.gradient(objective, params, constants, batch, augment=False)
+    counts = totals['code_counts'][0]
+    deaf = {
+        'kernel': jnp.zeros_like(params['head']['kernel']),
+        'bias': jnp.log(jnp.asarray(counts, jnp.float32) + 1e-3)[None],
+    }
+    params = {**params, 'head': deaf}
+    total = None
+    for key in range(8):
+        totals, _ = bench.gradient(objective, params, constants, batch, key=key, augment=False)
+        total = totals if total is None else jax.tree.map(np.add, total, totals)
+    summary = objective.summarise(total)
+    assert summary['masked_frames'] > 1000
+    assert summary['masked_accuracy'] == pytest.approx(summary['chance'])
+    assert objective.health(summary, step=4) is None
+    assert 'predictions have collapsed' in objective.health(summary, step=5)
 
 
 def tone_batch(rows=8, size=12000):
@@ -241,6 +314,8 @@ def test_masked_tones_are_learnt(bench):
         ({'codebook_size': 0}, 'codebook_size'),
         ({'mask_start_probability': 1.5}, 'mask_start_probability'),
         ({'mask_span_ms': 0}, 'mask_span_ms'),
+        ({'collapse_after_steps': -1}, 'collapse_after_steps'),
+        ({'min_predicted_perplexity': 0.5}, 'min_predicted_perplexity'),
     ],
 )
 def test_bad_fields_are_named(fields, message):

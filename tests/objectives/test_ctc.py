@@ -118,8 +118,8 @@ def test_totals_count_what_is_valid(bench, batches):
     summary = objective.summarise(totals)
     np.testing.assert_allclose(summary['invalid_fraction'], 0.4)
     np.testing.assert_allclose(summary['loss_per_utterance'], totals['loss'] / 3, rtol=1e-6)
-    assert '40%' in objective.health(summary)
-    assert objective.health(objective.summarise(same)) is None
+    assert '40%' in objective.health(summary, step=1)
+    assert objective.health(objective.summarise(same), step=1) is None
 
 
 def test_loss_is_that_of_the_predicted_logits(bench, batches):

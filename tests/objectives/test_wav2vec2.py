@@ -97,7 +97,7 @@ def test_rows_with_fewer_than_two_masked_frames_weigh_nothing(bench, batches):
     assert totals['weight'] == totals['loss'] == 0
     for leaf in jax.tree.leaves(gradient):
         assert not leaf.any()
-    assert 'mask_start_probability' in objective.health(objective.summarise(totals))
+    assert 'mask_start_probability' in objective.health(objective.summarise(totals), step=1)
 
 
 def test_targets_learn_unless_stopped(bench, batches):
@@ -116,7 +116,7 @@ def test_health_notices_collapsed_targets(bench, batches):
     params, constants = bench.init(SMALL)
     totals, _ = bench.gradient(SMALL, params, constants, batches())
     summary = SMALL.summarise(totals)
-    assert SMALL.health(summary) is None
+    assert SMALL.health(summary, step=1) is None
     assert 0 < summary['target_variance'] < 1
     assert abs(summary['masked_fraction'] - (1 - 0.7**2)) < 0.25
     params['head']['target_kernel'] *= 0.0
@@ -125,7 +125,7 @@ def test_health_notices_collapsed_targets(bench, batches):
     summary = SMALL.summarise(totals)
     np.testing.assert_allclose(summary['target_variance'], 0.0, atol=1e-6)
     np.testing.assert_allclose(summary['loss'], np.log(6), rtol=1e-4)
-    assert 'collapsed' in SMALL.health(summary)
+    assert 'collapsed' in SMALL.health(summary, step=1)
 
 
 @pytest.mark.parametrize(

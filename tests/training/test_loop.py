@@ -77,7 +77,7 @@ def make_run(directory, stream, **given):
         schedules=make_schedules(GROUPS, STEPS),
         key=jax.random.key(5),
         summarise=lambda t: {'loss': float(t['toy']['loss']) / float(t['toy']['weight'])},
-        health=lambda metrics: None,
+        health=lambda metrics, step: None,
     )
     return Run(**{**fields, **given})
 
@@ -189,8 +189,8 @@ def test_more_skipped_steps_than_allowed_end_the_run_with_advice(tmp_path):
 
 
 def test_a_collapsed_objective_ends_the_run_with_its_advice(tmp_path):
-    with pytest.raises(TrainingFailed, match='toy, step 2: all codes are one'):
-        go(tmp_path / 'a', health=lambda metrics: 'all codes are one')
+    with pytest.raises(TrainingFailed, match='toy, step 2: all codes are one at 2'):
+        go(tmp_path / 'a', health=lambda metrics, step: f'all codes are one at {step}')
 
 
 def test_dev_metrics_appear_every_eval_every_steps_and_at_the_end(tmp_path):
