@@ -78,7 +78,7 @@ def get_config(manifest: str = '') -> ml_collections.ConfigDict:
         'evaluate': {
             'kind': 'evaluate',
             'models': ('supervised', 'teacher', 'student'),
-            'sets': {name: name for name in config.selections if name in ('test', 'exam')},
+            'sets': ('test',) if manifest else ('test', 'exam'),
             'compare': (('supervised', 'teacher'), ('teacher', 'student')),
         },
     }

@@ -43,7 +43,7 @@ def experiment() -> dict:
                 'kind': 'finetune', 'objectives': ctc,
                 'streams': {'s': {'sources': {'b': {'selection': 'rest', 'labels': 'labels'}}}},
             },
-            'score': {'kind': 'evaluate', 'models': ('student',), 'sets': {'x': 'rest'}},
+            'score': {'kind': 'evaluate', 'models': ('student',), 'sets': ('rest',)},
         },
         'recipe': ('base', 'teacher', 'labels', 'student', 'score'),
     }  # fmt: skip
@@ -114,6 +114,7 @@ def test_an_unknown_field_names_the_nearest(path, told):
         ('stages.base.objectives.rq.objective', 'bert', "objective is 'bert'; allowed: 'best_rq'"),
         ('stages.base.objectives.rq.codebook_size', 0, 'codebook_size is 0; it must be >= 1'),
         ('stages.base.streams.s.sources', {}, 'sources is empty'),
+        ('stages.score.sets', {'x': 'rest'}, 'stages.score.sets is .*; it must be a list'),
         ('recipe', 'base', 'recipe is .*; it must be a list'),
     ],
 )  # fmt: skip
@@ -140,7 +141,7 @@ def test_a_wrong_type_or_value_says_what_is_allowed(path, value, told):
         ('stages.teacher.streams.s.sources.a.labels', 'base', 'must name a pseudo_label stage'),
         ('stages.teacher.streams.s.sources.a.labels', '', "needs labels, and source 'a'"),
         ('tokenizer.selection', '', 'tokenizer.selection is not set, but stages.teacher learns'),
-        ('stages.score.sets.x', 'exam', "stages.score.sets.x is 'exam'"),
+        ('stages.score.sets', ('rest', 'exam'), "stages.score.sets is 'exam'"),
         ('recipe', ('base', 'teach'), "recipe is 'teach', which is not defined"),
         ('recipe', ('teacher', 'base'), "stages.teacher needs stage 'base', .* not before"),
         ('stages.score.compare', (('student', 'teacher'),), "stages.score.compare is 'teacher'"),

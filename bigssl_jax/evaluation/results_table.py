@@ -45,7 +45,7 @@ class Comparison:
 
 
 def result_table(workdir: str | os.PathLike | Run) -> list[Row]:
-    """All scores of a run: by evaluate stage, set (largest first) and model (order of the config).
+    """All scores of a run: by evaluate stage, set and model, in the order of the config.
 
     Args:
       workdir: a run's folder, or the run as read already.
@@ -60,7 +60,8 @@ def result_table(workdir: str | os.PathLike | Run) -> list[Row]:
     rows = []
     for stage in run.stages:
         scores = read_json(stage.directory / 'scores.json') or {}
-        for set_name in sorted(scores, key=lambda name: (-_words(scores[name]), name)):
+        sets = [*stage.fields.get('sets', ()), *sorted(scores)]
+        for set_name in sorted(scores, key=sets.index):
             models = scores[set_name]
             rates = [s['wer']['value'] for s in models.values() if s['wer']['value'] is not None]
             order = [*stage.fields.get('models', ()), *models]
@@ -72,11 +73,6 @@ def result_table(workdir: str | os.PathLike | Run) -> list[Row]:
                         score['utterances'], best)
                 )  # fmt: skip
     return rows
-
-
-def _words(models: Mapping[str, Mapping[str, Any]]) -> int:
-    """Reference words of a set."""
-    return max((score['wer']['words'] for score in models.values()), default=0)
 
 
 def comparisons(run: Run) -> list[Comparison]:
@@ -129,7 +125,7 @@ def print_result_table(workdir: str | os.PathLike | Run) -> list[Row]:
     if not rows:
         console.print('no scores yet')
         return rows
-    table = Table('test set', 'model', 'WER', 'CER', 'lines', box=SIMPLE_HEAD)
+    table = Table('test set', 'model', 'WER %', 'CER %', 'lines', box=SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(table.columns):
         column.no_wrap, column.overflow = number > 1, 'fold'
         column.justify = 'right' if number > 1 else 'left'
@@ -148,10 +144,11 @@ def print_result_table(workdir: str | os.PathLike | Run) -> list[Row]:
 
 
 def _rate_text(score: Mapping[str, Any]) -> str:
-    """A rate with its interval, narrow enough for 80 columns."""
+    """A rate in per cent with its interval, narrow enough for 80 columns."""
+    rate = percent(score['value']).removesuffix(' %')
     if score['low'] is None or score['high'] is None:
-        return percent(score['value'])
-    return f'{percent(score["value"])} ({100 * score["low"]:.1f}–{100 * score["high"]:.1f})'
+        return rate
+    return f'{rate} ({100 * score["low"]:.1f}–{100 * score["high"]:.1f})'
 
 
 def comparison_text(test: Comparison) -> str:

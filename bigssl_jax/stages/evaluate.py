@@ -23,10 +23,10 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     scores: dict[str, Any] = {}
     comparisons = []
     outputs = {}
-    for set_name, selection in fields['sets'].items():
+    for set_name in fields['sets']:
         lines: dict[str, list[dict[str, Any]]] = {}
         for name, model in models.items():
-            stream = one_pass(context.pass_config(selection))
+            stream = one_pass(context.pass_config(set_name))
             lines[name] = transcribe_set(
                 Recogniser.of_model(model, context.mesh),
                 stream,
@@ -46,7 +46,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
         write_lines(path, [{'model': name, **line} for name in models for line in lines[name]])
         outputs[path.name] = artefacts.file_hash(path)
         last = lines[fields['models'][-1]]
-        _clips(context, set_name, context.selection(selection)['corpus'], last)
+        _clips(context, set_name, context.selection(set_name)['corpus'], last)
     artefacts.write_json(context.directory / 'scores.json', scores)
     artefacts.write_json(context.directory / 'comparisons.json', comparisons)
     results = {

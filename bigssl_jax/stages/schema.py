@@ -123,7 +123,8 @@ KINDS: dict[str, dict[str, Any]] = {
     'evaluate': {
         'kind': '',
         'models': (),
-        'sets': {},
+        # Selections to score on; tables and report keep this order.
+        'sets': (),
         'compare': (),
         'batch_seconds': 128.0,
         'num_buckets': 6,
@@ -342,7 +343,7 @@ def _uses(stage: Mapping[str, Any]) -> list[tuple[str, str, tuple[str, ...]]]:
 
 def _selections_of(stage: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [('selection', stage['selection'])] if 'selection' in stage else []
-    found += [(f'sets.{name}', value) for name, value in stage.get('sets', {}).items()]
+    found += [('sets', name) for name in stage.get('sets', ())]
     if stage.get('dev'):
         found.append(('dev', stage['dev']))
     for stream_name, stream in stage.get('streams', {}).items():

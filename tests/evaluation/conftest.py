@@ -59,7 +59,7 @@ def config() -> dict[str, Any]:
             'labels': {'kind': 'pseudo_label', 'teacher': 'pretrained', 'filter': {'share': 0.7}},
             'student': training | {'init_from': 'pretrain', 'steps': 2 * STEPS},
             'test': {'kind': 'evaluate', 'models': list(MODELS),
-                     'sets': {'queen_test': 'a', 'ast_en': 'b'}},
+                     'sets': ['queen_test', 'ast_en']},
         },
     }  # fmt: skip
 

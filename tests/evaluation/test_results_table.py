@@ -1,13 +1,16 @@
 """The result table of a made-up run."""
 
+import json
+
 import pytest
 
 from bigssl_jax.evaluation.results_table import markdown_table, print_result_table, result_table
 from bigssl_jax.evaluation.workdir import WorkdirError, read_lines, read_run
 
 
-def test_rows_follow_set_size_and_the_order_of_models(finished_run):
+def test_rows_follow_the_sets_and_models_of_the_config(finished_run):
     rows = result_table(finished_run)
+    assert rows[0].wer['words'] > rows[3].wer['words']
     assert [row.set for row in rows] == ['queen_test'] * 3 + ['ast_en'] * 3
     assert [row.model for row in rows] == ['supervised', 'pretrained', 'student'] * 2
     for name in ('queen_test', 'ast_en'):
@@ -31,6 +34,32 @@ def test_print_out_fits_80_columns_and_says_what_is_synthetic(finished_run, caps
     assert 'ast_en is synthetic speech' in printed
     for word in ('queen_test', 'pretrained', 'student against supervised', 'labels: 200 labels'):
         assert word in printed
+
+
+def test_the_order_of_sets_is_that_of_the_config_whatever_their_names_and_sizes(finished_run):
+    path = finished_run / 'config.json'
+    written = json.loads(path.read_text())
+    written['config']['stages']['test']['sets'] = ['ast_en', 'queen_test']
+    path.write_text(json.dumps(written))
+    assert [row.set for row in result_table(finished_run)] == ['ast_en'] * 3 + ['queen_test'] * 3
+
+
+def test_no_word_of_the_quickstart_table_is_folded_at_80_columns(finished_run, capsys, monkeypatch):
+    """Its widest cells: rates with intervals above 100 %, four-digit counts."""
+    path = finished_run / 'config.json'
+    written = json.loads(path.read_text())
+    written['config']['stages']['test'] |= {'sets': ['test', 'exam'], 'models': ['supervised']}
+    path.write_text(json.dumps(written))
+    rate = {'value': 1.1277, 'low': 1.1057, 'high': 1.1545, 'words': 3052}
+    score = {'supervised': {'wer': rate, 'cer': rate, 'utterances': 1531}}
+    (finished_run / 'test' / 'scores.json').write_text(json.dumps({'exam': score, 'test': score}))
+    (finished_run / 'test' / 'comparisons.json').unlink()
+    monkeypatch.setenv('COLUMNS', '80')
+    print_result_table(finished_run)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    interval = ['112.8', '(110.6–115.5)']
+    for name in ('test', 'exam'):
+        assert [name, 'supervised', *interval, *interval, '1,531'] in lines
 
 
 def test_run_without_scores_has_no_rows(half_run, capsys):

@@ -56,7 +56,7 @@ def get_config(manifest: str) -> ml_collections.ConfigDict:
         'evaluate': {
             'kind': 'evaluate',
             'models': ('supervised', 'teacher', 'student'),
-            'sets': {'test': 'test'},
+            'sets': ('test',),
             'compare': (('supervised', 'student'),),
             'batch_seconds': 32.0,
             'num_buckets': 1,
