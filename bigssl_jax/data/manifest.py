@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -99,6 +100,28 @@ def read_manifest(path: str, ignore: Sequence[str] = ()) -> Iterator[Entry]:
         yield entry
     if not seen:
         raise DataError(f'{path}: the manifest is empty; it needs one line per utterance')
+
+
+def manifest_origin(path: str, split_by: str = '') -> dict[str, str]:
+    """What a corpus of this manifest was made from, for its corpus.json: plain JSON.
+
+    Args:
+      path: the manifest; its bytes count, not its place, so that its folder can be moved.
+      split_by: field by which missing splits were drawn; '' when they were not.
+
+    Raises:
+      DataError: the manifest cannot be read.
+    """
+    try:
+        with open(path, 'rb') as file:
+            digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    except FileNotFoundError:
+        raise DataError(f'{path}: there is no such manifest') from None
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f'{path}: cannot be read: {getattr(error, "strerror", None) or error}'
+        ) from None
+    return {'kind': 'manifest', 'sha256': digest[:16], 'split_by': split_by}
 
 
 def _records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:

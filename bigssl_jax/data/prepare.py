@@ -31,7 +31,7 @@ import resource
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ import pyarrow.parquet as pq
 from bigssl_jax.data.corpus import FORMAT, INDICES, Corpus, file_sha256, read_corpus_json
 from bigssl_jax.data.errors import DataError
 from bigssl_jax.data.folder import atomic_path, folder_lock, remove_temporaries, write_atomically
-from bigssl_jax.data.manifest import Entry, read_manifest
+from bigssl_jax.data.manifest import Entry, manifest_origin, read_manifest
 from bigssl_jax.data.shards import (
     SCHEMA,
     Options,
@@ -69,6 +69,7 @@ def prepare(
     ignore: Sequence[str] = (),
     source: str = '',
     attribution: str = '',
+    origin: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Makes, finishes, or finds complete the corpus in the folder `out`.
@@ -83,6 +84,8 @@ def prepare(
       max_quarantine_fraction: the most entries that may be unusable; None is any number.
       ignore: fields of the manifest to pass over.
       source, attribution: recorded in corpus.json; `source` defaults to the manifest's name.
+      origin: recorded in corpus.json as it is (plain JSON): what the corpus was made from, for
+        those who find it there later.
       progress: show a progress bar on the error output.
 
     Returns:
@@ -103,7 +106,13 @@ def prepare(
         entries = list(entries)
         _refuse_duplicates(entries)
     total, inputs = _survey(entries, root, options)
-    facts = {'entries': total, 'inputs': inputs, 'source': source, 'attribution': attribution}
+    facts = {
+        'entries': total,
+        'inputs': inputs,
+        'source': source,
+        'attribution': attribution,
+        'origin': origin,
+    }
     info = _complete_corpus(out, inputs, options)
     if info is None or os.path.exists(os.path.join(out, 'parts')):
         with folder_lock(out), _one_line_for_a_full_disk(out):
@@ -360,9 +369,12 @@ def prepare_command(
     if bool(manifest) == bool(tfds) or not out:
         raise DataError('prepare needs --out and either --manifest or --tfds')
     entries: Any = manifest
-    if tfds:
-        from bigssl_jax.data.tfds_entries import entries_from_tfds
+    if manifest:
+        origin = manifest_origin(manifest)
+    elif tfds:
+        from bigssl_jax.data.tfds_entries import entries_from_tfds, tfds_origin
 
+        origin = tfds_origin(tfds)
         entries = entries_from_tfds(tfds, data_dir)
         source, attribution = source or entries.source, attribution or entries.attribution
     before, began, cpu_began = read_corpus_json(out), time.monotonic(), _cpu_seconds()
@@ -375,6 +387,7 @@ def prepare_command(
         ignore=ignore,
         source=source,
         attribution=attribution,
+        origin=origin,
         progress=progress,
     )
     result = {

@@ -60,6 +60,11 @@ def entries_from_tfds(name: str, data_dir: str | None = None) -> TfdsEntries:
     return TfdsEntries(builder, name)
 
 
+def tfds_origin(name: str) -> dict[str, str]:
+    """What a corpus of this dataset was made from, for its corpus.json: plain JSON."""
+    return {'kind': 'tfds', 'name': name}
+
+
 class TfdsEntries:
     """An iterable of entries that can be read again; `identity` names the dataset's version.
 

@@ -1,7 +1,7 @@
 """The first stage of every recipe: corpora, tokenizer, feature statistics.
 
-Corpora live in `data_dir` (default <workdir>/corpora) and are shared by experiments; the tokenizer
-and the feature statistics belong to the run.
+Corpora live in `data_dir` (default <workdir>/corpora) and are shared by experiments that mean the
+same by a name (see origin.py); the tokenizer and the feature statistics belong to the run.
 """
 
 import dataclasses
@@ -13,10 +13,15 @@ import jax
 import numpy as np
 
 from bigssl_jax.audio import AudioConfig, Statistics, feature_statistics, frame_mask, log_mel
-from bigssl_jax.config import ConfigError
 from bigssl_jax.parallel.startup import cpu_cores
 from bigssl_jax.stages import artefacts
 from bigssl_jax.stages.context import Context
+from bigssl_jax.stages.origin import (
+    check_origin,
+    open_voices_sets,
+    origin_of,
+    synthetic_origin,
+)
 
 STATISTICS_BATCH = 16
 
@@ -51,6 +56,10 @@ def prepare_corpora(context: Context) -> dict[str, Any]:
         for name, fields in given.items()
         if not (context.corpus_directory(name) / 'corpus.json').exists()
     }
+    for name in given:
+        if name not in missing:
+            check_origin(given, name, context.corpus_directory(name))
+    origins = {name: origin_of(given, name) for name in missing}
     voices, synthetic = _open_voices(context, missing)
     report = {}
     for name, fields in given.items():
@@ -66,7 +75,9 @@ def prepare_corpora(context: Context) -> dict[str, Any]:
             else:
                 entries = voices[name]
                 source = 'synthetic speech' if synthetic else 'open_voices'
-            prepare(entries, directory, jobs=cpu_cores(), source=source)
+                if synthetic:
+                    origins[name] = synthetic_origin(given, name)
+            prepare(entries, directory, jobs=cpu_cores(), source=source, origin=origins[name])
         corpus = Corpus.open(directory)
         corpus.verify()
         report[name] = {
@@ -102,22 +113,21 @@ def _manifest_entries(fields: Mapping[str, Any]) -> Any:
 def _open_voices(
     context: Context, missing: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, list[Any]], bool]:
-    """Entries of the corpora made from open_voices sets: (corpus -> entries, whether synthetic).
+    """Entries of the missing corpora of open_voices sets: (corpus -> entries, whether synthetic).
 
-    All sets are asked for in one call, so that `seen` holds over the whole experiment.
+    All sets of the experiment are asked for in one call, also those of corpora that are there, so
+    that `seen` holds over the whole experiment wherever an earlier call was interrupted.
     """
     wanted = {name: fields for name, fields in missing.items() if fields['open_voices']}
-    for name, fields in missing.items():
-        if sum(bool(fields[kind]) for kind in ('manifest', 'tfds', 'open_voices')) != 1:
-            raise ConfigError(f'corpora.{name}: give exactly one of manifest, tfds and open_voices')
     if not wanted:
         return {}, False
     from bigssl_jax.data.errors import DataError
     from bigssl_jax.data.open_voices import entries
 
     cache = context.corpus_directory('open_voices_cache')
-    sets = list(dict.fromkeys(s for fields in wanted.values() for s in fields['open_voices']))
-    deb_dir = next((fields['deb_dir'] for fields in wanted.values() if fields['deb_dir']), None)
+    given = context.config['corpora']
+    sets = open_voices_sets(given)
+    deb_dir = next((fields['deb_dir'] for fields in given.values() if fields['deb_dir']), None)
     try:
         found = list(entries(sets, cache, deb_dir=deb_dir, jobs=cpu_cores()))
     except DataError as error:
@@ -147,11 +157,11 @@ def _synthetic(context: Context, wanted: Mapping[str, Mapping[str, Any]]) -> dic
             synthetic_speech.entries(
                 cache,
                 num_utterances=max(1, round(fields['fallback_synthetic_hours'] * 1480)),
-                seed=seed,
+                seed=synthetic_origin(context.config['corpora'], name)['seed'],
                 jobs=cpu_cores(),
             )
         )
-        for seed, (name, fields) in enumerate(sorted(wanted.items()))
+        for name, fields in wanted.items()
     }
 
 
