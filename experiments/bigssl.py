@@ -121,7 +121,7 @@ def _stages(given: dict, variant: str, objective: str) -> dict:
             algorithm,
             'pretrain',
         ),
-        'evaluate': {'kind': 'evaluate', 'models': (last,), 'sets': {'test': 'test'}},
+        'evaluate': {'kind': 'evaluate', 'models': (last,), 'sets': ('test',)},
     }
     return {name: stages[name] for name in VARIANTS[variant]}
 
