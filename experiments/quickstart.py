@@ -61,9 +61,9 @@ def get_config(manifest: str = '') -> ml_collections.ConfigDict:
     labelled = {'selection': 'labelled', 'labels': 'text'}
     pseudo = {'selection': 'rest', 'labels': 'labels', 'filter': FILTER}
     config.stages = {
-        'supervised': finetune(2200, {'labelled': labelled}),
-        'pretrain': pretrain(4500),
-        'teacher': finetune(1800, {'labelled': labelled}, init_from='pretrain'),
+        'supervised': finetune(1500, {'labelled': labelled}),
+        'pretrain': pretrain(4000),
+        'teacher': finetune(1500, {'labelled': labelled}, init_from='pretrain'),
         'labels': {
             'kind': 'pseudo_label',
             'teacher': 'teacher',
@@ -71,7 +71,7 @@ def get_config(manifest: str = '') -> ml_collections.ConfigDict:
             'filter': FILTER,
         },
         'student': finetune(
-            3000,
+            2400,
             {'labelled': {**labelled, 'weight': 1.0}, 'pseudo': {**pseudo, 'weight': 1.0}},
             init_from='pretrain',
         ),

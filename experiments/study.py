@@ -40,7 +40,7 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
     config.selections.labelled.hours = float(given.get('labelled_hours', 0.5))
     scale = float(given.get('scale', 1.0))
     for name, steps in (
-        ('supervised', 4000), ('pretrain', 9000), ('teacher', 3000), ('student', 4500),
+        ('supervised', 2500), ('pretrain', 6000), ('teacher', 2000), ('student', 3000),
     ):  # fmt: skip
         stage = config.stages[name]
         stage.steps = int(steps * scale)
