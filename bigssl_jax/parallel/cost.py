@@ -111,7 +111,7 @@ def _inner(equation: Any) -> tuple[Flops, int]:
     if name == 'scan':
         return _count(params['jaxpr']), params['length']
     if name == 'shard_map':
-        sizes = [params['mesh'].shape[axis] for axis in params['manual_axes']]
+        sizes = [params['mesh'].shape[axis] for axis in params['newly_manual_axes']]
         return _count(params['jaxpr']), math.prod(sizes)
     if name == 'pallas_call':
         return _kernel(equation)
