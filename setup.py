@@ -50,11 +50,14 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS = {
-    # libtpu, and the host-side settings JAX wants on a TPU VM
+    # libtpu, in the one version that each version of JAX asks for
     'tpu': ['jax[tpu]>=0.10.0,<0.13'],
+    # the same library compiles for TPUs on a machine that has none: `bigssl plan`
+    'plan': ['jax[tpu]>=0.10.0,<0.13'],
     # CUDA 12 wheels; the driver is the only thing taken from the machine
     'gpu': ['jax[cuda12]>=0.10.0,<0.13'],
     'dev': [
+        'jax[tpu]>=0.10.0,<0.13',
         'pytest>=8.4,<10',
         'pytest-timeout>=2.3.1,<3',
         'pytest-xdist>=3.6,<4',

@@ -58,7 +58,7 @@ def test_version_agrees_with_the_installed_distribution():
 
 def test_extras_and_python_versions():
     arguments = setup_arguments()
-    assert set(arguments['extras_require']) == {'tpu', 'gpu', 'dev'}
+    assert set(arguments['extras_require']) == {'tpu', 'plan', 'gpu', 'dev'}
     assert arguments['python_requires'] == '>=3.11,<3.14'
     assert arguments['entry_points']['console_scripts'] == ['bigssl = bigssl_jax.cli:main']
 
@@ -84,6 +84,20 @@ def test_locked_versions_lie_within_the_bounds(path):
     for requirement in [*arguments['install_requires'], *arguments['extras_require']['dev']]:
         name, limits = bounds(requirement)
         assert versions[name] in SpecifierSet(','.join(limits)), requirement
+
+
+# What `jax[tpu]` of each locked version of JAX asks for.
+LIBTPU = {'0.10.2': '0.0.42.', '0.12.0.1': '0.0.50.'}
+
+
+@pytest.mark.parametrize('path', LOCKS, ids=lambda path: path.name)
+def test_locks_have_the_libtpu_of_their_jax(path):
+    versions = locked(path)
+    wanted = LIBTPU[versions['jax']]
+    assert versions['libtpu'].startswith(wanted)
+    if versions['jax'] == importlib.metadata.version('jax'):
+        asked = [r for r in importlib.metadata.requires('jax') or [] if r.startswith('libtpu')]
+        assert asked == [f'libtpu=={wanted}*; extra == "tpu"']
 
 
 @pytest.mark.parametrize('path', LOCKS, ids=lambda path: path.name)

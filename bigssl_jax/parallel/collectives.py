@@ -3,7 +3,7 @@
 The partitioner decides which arrays are gathered, reduced and exchanged, and the only account of
 its decision is the compiled program.  For each collective the text gives the operands of one
 device and the groups of devices that take part.  Bytes are those that one device sends when the
-group of n is a ring, the optimum for large arrays; b are the bytes of its operand:
+n of a group form a ring, the optimum for large arrays; b are the bytes of its operand:
 
     all-gather          (n - 1) b            its part travels around
     reduce-scatter      (n - 1) / n b
@@ -11,8 +11,16 @@ group of n is a ring, the optimum for large arrays; b are the bytes of its opera
     all-to-all          (n - 1) / n b
     collective-permute  b
 
+The TPU compiler writes three things otherwise than they are meant:
+  - a reduce-scatter is a fusion of an all-reduce and the slice of it that the device keeps;
+  - a collective that runs beside other work stands in every fusion of that work, from its start
+    to its end, each time with the same channel;
+  - between slices data leave through `send` operations of the multi-slice runtime, which carry
+    the kind of the collective as an attribute.
+
 Devices are counted by their place in the mesh: device i of a group is `mesh.devices.flat[i]`.  A
-group names the mesh axes along which its members differ.  Groups are written in three ways:
+collective has the mesh axes along which the members of its groups differ.  Groups are written in
+several ways:
 
     {{0,1},{2,3}}                    as they are
     [2,4]<=[4,2]T(1,0)               0 ... 7 as [4, 2], transposed, cut into 2 groups of 4
@@ -82,14 +90,63 @@ def collectives(compiled_text: str, mesh: Any) -> list[Collective]:
     """
     program = hlo.parse(compiled_text)
     counts = hlo.execution_counts(program)
-    found = []
+    fused_into = hlo.fused_into(program)
+    found: dict[tuple[str, ...], Collective] = {}
     for name, computation in program.computations.items():
         for instruction in computation.values():
+            channel = re.search(r'channel_id=(\d+)', instruction.attributes)
+            where = fused_into.get(name, name)
+            # Parts of one asynchronous collective: same channel, fused into the same computation.
+            key = (channel[1] if channel and name in fused_into else instruction.name, where)
+            if key in found or not counts.get(name):
+                continue
             operation = instruction.operation.removesuffix('-start')
-            if operation in _RING and counts.get(name):
-                found.append(_collective(operation, instruction, computation, counts[name], mesh))
-    sent = [item for item in found if item.bytes_per_device]
+            if operation in _RING:
+                groups = device_groups(instruction.attributes, _num_devices(mesh))
+                if operation == 'all-reduce' and _is_scattered(instruction, computation):
+                    operation = 'reduce-scatter'
+                axes, size = _axes(groups, mesh), groups.shape[1]
+            elif transfer := re.search(r'_xla_megascale_transfer_type="(\w+)"', _sent(instruction)):
+                operation = transfer[1].lower().replace('_', '-')
+                axes, size = ('slice',), mesh.shape['slice']
+            else:
+                continue
+            found[key] = _collective(operation, instruction, computation, counts[name], axes, size)
+    sent = [item for item in found.values() if item.bytes_per_device]
     return sorted(sent, key=lambda item: -item.bytes_per_device)
+
+
+def _num_devices(mesh: Any) -> int:
+    return math.prod(mesh.shape.values())
+
+
+def _sent(instruction: hlo.Instruction) -> str:
+    """The attributes of a `send`; nothing of any other operation."""
+    return instruction.attributes if instruction.operation == 'send' else ''
+
+
+def _is_scattered(reduction: hlo.Instruction, computation: Mapping[str, hlo.Instruction]) -> bool:
+    """Whether only slices of the reduction are used, inside of the same fusion."""
+    results = {reduction.name}
+    slices, others = 0, 0
+    for instruction in computation.values():  # operands come before their users
+        if not results.intersection(instruction.operands):
+            continue
+        if instruction.operation in ('get-tuple-element', 'bitcast'):
+            results.add(instruction.name)
+        elif instruction.operation == 'dynamic-slice':
+            slices += 1
+        else:
+            others += 1
+    return slices > 0 and others == 0
+
+
+def _axes(groups: np.ndarray, mesh: Any) -> tuple[str, ...]:
+    """Mesh axes along which the members of some group differ."""
+    sizes = tuple(mesh.shape[axis] for axis in mesh.axis_names)
+    places = np.stack(np.unravel_index(groups, sizes), axis=-1)  # [groups, members, axes]
+    differ = (places != places[:, :1]).any(axis=(0, 1))
+    return tuple(np.asarray(mesh.axis_names)[differ].tolist())
 
 
 def _collective(
@@ -97,24 +154,20 @@ def _collective(
     instruction: hlo.Instruction,
     computation: Mapping[str, hlo.Instruction],
     count: int,
-    mesh: Any,
+    axes: tuple[str, ...],
+    size: int,
 ) -> Collective:
-    sizes = tuple(mesh.shape[axis] for axis in mesh.axis_names)
-    groups = device_groups(instruction.attributes, math.prod(sizes))
-    places = np.stack(np.unravel_index(groups, sizes), axis=-1)  # [groups, members, axes]
-    differ = (places != places[:, :1]).any(axis=(0, 1))
     arrays = [
         array
         for operand in instruction.operands
         if operand in computation
         for array in computation[operand].arrays
     ]
-    size = groups.shape[1]
     each = sum(array.size for array in arrays) * (_RING[operation](size) if size > 1 else 0.0)
     source = re.search(r'op_name="([^"]*)"', instruction.attributes)
     return Collective(
         operation=operation,
-        axes=tuple(np.asarray(mesh.axis_names)[differ].tolist()),
+        axes=axes,
         dtype=max(arrays, key=lambda array: array.size).dtype if arrays else '',
         bytes_per_device=count * each,
         count=count,

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import partial_eval
 
+from bigssl_jax.parallel.topologies import Topology
+
 # Passes of bfloat16 products that a TPU makes of one product (jax.lax.Precision). A float32
 # product of default precision is rounded to bfloat16: one pass, twice the memory traffic.
 PASSES = {'float32_high': 3, 'float32_highest': 6}
@@ -199,3 +201,82 @@ def _window_pairs(
     places = np.arange(outputs)[:, None] * stride + np.arange(window) * spread - low
     real = (places >= 0) & (places <= (size - 1) * holes) & (places % holes == 0)
     return int(real.sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds that each resource of one device is busy in one step, at its full rate.
+
+    Attributes:
+      compute: products in the matrix unit.
+      hbm: traffic of the main memory.
+      ici: collectives over the links between chips, one after the other.
+      dcn: collectives between slices, over the data-centre network.
+    """
+
+    compute: float
+    hbm: float
+    ici: float
+    dcn: float
+
+    @property
+    def seconds(self) -> float:
+        """The busiest resource: the step takes at least so long if all else overlaps."""
+        return max(dataclasses.astuple(self))
+
+    @property
+    def bound(self) -> str:
+        """Name of the busiest resource."""
+        return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
+
+
+def roofline(
+    wanted: Topology,
+    mesh: jax.sharding.Mesh,
+    flops: float,
+    hbm_bytes: float,
+    sent: Mapping[tuple[str, ...], float],
+) -> Roofline:
+    """How long each resource is busy.
+
+    Collectives are taken for rings: along every dimension of the torus in which their devices
+    lie, over two links of a chip where the dimension closes to a ring, over one where it does
+    not.  Those of several axes follow each other; other groups on the same links do not disturb.
+
+    Args:
+      wanted: what the mesh is made of.
+      mesh: over the devices of `wanted` (`topology_devices`).
+      flops: of one device: `Flops.bfloat16_passes` / devices.
+      hbm_bytes: of one device (`hbm.hbm_bytes`).
+      sent: bytes that one device sends, by mesh axes (`collectives.bytes_by_axes`).
+    """
+    chip = wanted.chip
+    share = 1 / chip.devices_per_chip
+    seconds = {'ici': 0.0, 'dcn': 0.0}
+    for axes, size in sent.items():
+        if 'slice' in axes:
+            seconds['dcn'] += size / (chip.dcn_bandwidth * share)
+        else:
+            links = _links(wanted, mesh, axes)
+            seconds['ici'] += size / (chip.ici_bandwidth * share * links / chip.ici_links)
+    return Roofline(
+        compute=flops / (chip.flops_per_second * share),
+        hbm=hbm_bytes / (chip.hbm_bandwidth * share),
+        ici=seconds['ici'],
+        dcn=seconds['dcn'],
+    )
+
+
+def _links(wanted: Topology, mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> int:
+    """Links of a chip over which a collective along `axes` can send at the same time."""
+    along = [mesh.axis_names.index(axis) for axis in axes]
+    places = np.array([device.coords for device in mesh.devices.flat])
+    grid = np.moveaxis(places.reshape(*mesh.devices.shape, -1), along, range(len(along)))
+    members = grid.reshape(math.prod(mesh.shape[axis] for axis in axes), -1, places.shape[-1])[:, 0]
+    links = 0
+    for side, ring, values in zip(wanted.shape, wanted.rings, members.T, strict=False):
+        distinct = len(np.unique(values))
+        if distinct > 1:
+            links += 2 if ring and distinct == side else 1
+    # Two devices of one chip exchange inside of it, faster than over all of its links.
+    return links or wanted.chip.ici_links

@@ -21,6 +21,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 # Bytes of one element; sub-byte types are stored in bytes here, which overstates them.
 ELEMENT_BYTES = {
@@ -78,6 +79,8 @@ class Instruction:
     @property
     def called(self) -> tuple[str, ...]:
         """Names of the computations that it runs or applies."""
+        if self.operation.endswith(('-done', '-update')):
+            return ()  # an asynchronous start has run them
         names = _CALLED.findall(self.attributes)
         for group in _BRANCHES.findall(self.attributes):
             names += [name.strip().lstrip('%') for name in group.split(',')]
@@ -150,40 +153,133 @@ def execution_counts(program: Program) -> dict[str, int]:
     """How often each computation runs in one run of the program.
 
     Of a conditional every branch counts as run. A loop whose number of turns the text does not
-    tell counts once.
+    tell counts once; `unknown_loops` names those.
     """
     counts: collections.Counter[str] = collections.Counter()
 
     def visit(name: str, times: int) -> None:
         counts[name] += times
         for instruction in program.computations[name].values():
-            turns = trip_count(program, instruction) if instruction.operation == 'while' else 1
+            turns = trip_count(program, name, instruction)
             for called in instruction.called:
-                visit(called, times * (turns or 1))
+                visit(called, times * (1 if turns is None else turns))
 
     visit(program.entry, 1)
     return dict(counts)
 
 
-def trip_count(program: Program, loop: Instruction) -> int | None:
-    """Turns of a `while`, or None where the text does not tell.
+def unknown_loops(program: Program) -> list[str]:
+    """Names of the loops whose number of turns the text does not tell."""
+    return [
+        instruction.name
+        for name, computation in program.computations.items()
+        for instruction in computation.values()
+        if instruction.operation == 'while' and trip_count(program, name, instruction) is None
+    ]
 
-    XLA writes it down once it knows it (`known_trip_count`).  Otherwise a loop of JAX's scan
-    counts from 0 in steps of 1 while it is below a constant, the only integer of its condition.
+
+def fused_into(program: Program) -> dict[str, str]:
+    """For each body of a fusion, the computation, itself no such body, that it runs in."""
+    caller = {
+        called: name
+        for name, computation in program.computations.items()
+        for instruction in computation.values()
+        if instruction.operation == 'fusion'
+        for called in instruction.called
+    }
+
+    def outermost(name: str) -> str:
+        return outermost(caller[name]) if name in caller else name
+
+    return {name: outermost(name) for name in caller}
+
+
+def trip_count(program: Program, computation: str, loop: Instruction) -> int | None:
+    """Turns of the `while` instruction of `computation`; None if the text does not tell.
+
+    1 for any other instruction.  XLA writes the number down once it knows it
+    (`known_trip_count`).  Otherwise a loop of JAX's scan compares a counter with a constant; where
+    the compiler has taken a first turn out of the loop, the counter does not start at 0.
     """
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
-    if known:
+    if loop.operation != 'while':
+        return 1
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
         return int(known[1])
-    condition = re.search(r'condition=%?([\w.\-]+)', loop.attributes)
-    if not condition:
+    named = dict(re.findall(r'\b(condition|body)=%?([\w.\-]+)', loop.attributes))
+    compared = _comparison(program, named['condition'])
+    if compared is None:
         return None
-    pending, constants, directions = [condition[1]], set(), set()
-    while pending:
-        for instruction in program.computations[pending.pop()].values():
-            pending += instruction.called
-            if instruction.operation == 'constant' and instruction.type.startswith(('s32', 'u32')):
-                constants.add(int(instruction.operands[0]))
-            directions |= set(re.findall(r'direction=(\w+)', instruction.attributes))
-    if len(constants) == 1 and directions == {'LT'}:
-        return constants.pop()
+    start = program.computations[computation].get(loop.operands[0])
+    counter, bound = compared
+
+    def at_start(place: int) -> int | None:
+        if start is None or start.operation != 'tuple':
+            return None
+        return _integer(program.computations[computation], start.operands[place])
+
+    limit = bound[1] if bound[0] == 'constant' else at_start(bound[1])
+    first, step = at_start(counter), _step(program, named['body'], counter, at_start)
+    if limit is None or first is None or not step or step < 0:
+        return None
+    return max(0, -(-(limit - first) // step))
+
+
+def _comparison(program: Program, condition: str) -> tuple[int, tuple[str, int]] | None:
+    """`counter < bound`: where in the loop's tuple the counter is, and what bounds it.
+
+    Returns:
+      (place, ('constant', value) or ('element', place)), or None for any other condition.
+    """
+    outer = program.computations[condition]
+    inner, root = outer, _root(outer)
+    given: tuple[str, ...] = ()
+    if root.operation == 'fusion':
+        given = root.operands
+        inner = program.computations[root.called[0]]
+        root = _root(inner)
+    if root.operation != 'compare' or 'direction=LT' not in root.attributes:
+        return None
+    sides: list[tuple[str, int]] = []
+    for name in root.operands:
+        instruction = inner[name]
+        if instruction.operation == 'parameter' and given:
+            instruction = outer[given[int(instruction.operands[0])]]
+        if instruction.operation == 'constant':
+            sides.append(('constant', int(instruction.operands[0])))
+        elif place := re.search(r'index=(\d+)', instruction.attributes):
+            sides.append(('element', int(place[1])))
+    if len(sides) != 2 or sides[0][0] != 'element':
+        return None
+    return sides[0][1], sides[1]
+
+
+def _step(program: Program, body: str, counter: int, at_start: Any) -> int | None:
+    """What a turn adds to the counter; constants may be carried along in the loop's tuple."""
+    instructions = program.computations[body]
+    root = _root(instructions)
+    added = instructions.get(root.operands[counter]) if root.operation == 'tuple' else None
+    while added is not None and added.operation in ('copy', 'bitcast'):
+        added = instructions.get(added.operands[0])
+    if added is None or added.operation not in ('add', 'fusion') or len(added.operands) != 2:
+        return None
+    for operand in added.operands:
+        if (value := _integer(instructions, operand)) is not None:
+            return value
+        place = re.search(r'index=(\d+)', instructions[operand].attributes)
+        if place and int(place[1]) != counter:
+            return at_start(int(place[1]))
     return None
+
+
+def _integer(computation: Mapping[str, Instruction], name: str) -> int | None:
+    """The value of a constant, also when it has been copied."""
+    instruction = computation.get(name)
+    while instruction is not None and instruction.operation in ('copy', 'bitcast'):
+        instruction = computation.get(instruction.operands[0])
+    if instruction is None or instruction.operation != 'constant':
+        return None
+    return int(instruction.operands[0]) if re.match(r'[su]\d+\[\]', instruction.type) else None
+
+
+def _root(computation: Mapping[str, Instruction]) -> Instruction:
+    return next(instruction for instruction in computation.values() if instruction.is_root)

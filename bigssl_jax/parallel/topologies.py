@@ -23,13 +23,13 @@ import importlib.util
 import math
 import os
 import re
-import sys
 from typing import Any
 
 from bigssl_jax.config import UserError
+from bigssl_jax.parallel.startup import use_cpu
 
 GIB = 2**30
-_BOOK = "the TPU tables of 'How to scale your model' (jax-ml.github.io/scaling-book/tpus)"
+_BOOK = "'How to scale your model', table of TPU specs (jax-ml.github.io/scaling-book/tpus)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Chip:
       hbm_bandwidth: bytes/s.
       ici_links: links to neighbouring chips, two per dimension of the torus.
       ici_bandwidth: bytes/s sent in one direction, summed over `ici_links`.
+      ring_length: a dimension of a slice closes to a ring when its chips are a multiple of this;
+        of a 3-D slice only if all three are. Otherwise it is a line.
       dcn_bandwidth: bytes/s sent over the data-centre network, the chip's share of its host's.
       devices_per_chip: as JAX shows them.
       source: where the figures are from, and which of them are doubtful.
@@ -54,6 +56,7 @@ class Chip:
     hbm_bandwidth: float
     ici_links: int
     ici_bandwidth: float
+    ring_length: int
     dcn_bandwidth: float
     devices_per_chip: int
     source: str
@@ -81,6 +84,12 @@ class Topology:
         return self.slices * math.prod(self.shape)
 
     @property
+    def rings(self) -> tuple[bool, ...]:
+        """Which dimensions of a slice close to a ring."""
+        closed = tuple(side % self.chip.ring_length == 0 for side in self.shape)
+        return (all(closed),) * 3 if len(self.shape) == 3 else closed
+
+    @property
     def devices(self) -> int:
         """Devices in all slices together, as JAX shows them."""
         return self.chips * self.chip.devices_per_chip
@@ -90,14 +99,24 @@ class Topology:
 class _Family:
     """How libtpu and the cloud name the slices of one chip.
 
-    `counted` is what one chip adds to the number in a cloud name; `largest` is in chips.
+    `counted` is what one chip adds to the number in a cloud name; `smallest` and `largest` are in
+    chips.
     """
 
     compiler_name: str
     chip_config: str
     counted: int
     dimensions: int
+    smallest: int
     largest: int
+
+
+def _source(page: str, link: str, dcn: str) -> str:
+    """Where a chip's figures are from: its page, one ICI link, and the data-centre network."""
+    return (
+        f'Google Cloud TPU documentation, page {page}: FLOP/s, HBM bandwidth. HBM bytes: what'
+        f' libtpu 0.0.51 lets a program use. One ICI link: {link}. DCN: {dcn}.'
+    )
 
 
 CHIPS = {
@@ -106,26 +125,30 @@ CHIPS = {
         Chip(
             name='v3',
             flops_per_second=123e12,
-            hbm_bytes=32 * GIB,
+            hbm_bytes=int(2 * 15.48 * GIB),
             hbm_bandwidth=900e9,
             ici_links=4,
             ici_bandwidth=4 * 82e9,
+            ring_length=32,
             dcn_bandwidth=6.25e9,
             devices_per_chip=2,
-            source='Google Cloud documentation, TPU v3: FLOP/s, HBM (16 GiB a core). ICI: 656'
-            ' Gbit/s a link (Norrie et al., IEEE Micro 2021), uncertain: the book has 100 GB/s.'
-            " DCN: uncertain, the book's typical 6.25 GB/s",
+            source=_source(
+                'TPU v3',
+                '656 Gbit/s (Norrie et al., IEEE Micro 2021), uncertain: the book has 100 GB/s',
+                f'uncertain: the typical 6.25 GB/s of {_BOOK}',
+            ),
         ),
         Chip(
             name='v4',
             flops_per_second=275e12,
-            hbm_bytes=32 * GIB,
+            hbm_bytes=int(30.75 * GIB),
             hbm_bandwidth=1200e9,
             ici_links=6,
             ici_bandwidth=6 * 45e9,
+            ring_length=4,
             dcn_bandwidth=6.25e9,
             devices_per_chip=1,
-            source='Google Cloud documentation, TPU v4: FLOP/s, HBM. ICI a link and DCN: ' + _BOOK,
+            source=_source('TPU v4', _BOOK, _BOOK),
         ),
         Chip(
             name='v5e',
@@ -134,10 +157,10 @@ CHIPS = {
             hbm_bandwidth=819e9,
             ici_links=4,
             ici_bandwidth=4 * 45e9,
+            ring_length=16,
             dcn_bandwidth=3.125e9,
             devices_per_chip=1,
-            source='Google Cloud documentation, TPU v5e: FLOP/s, HBM bandwidth, DCN (6.4 Tbit/s a'
-            ' pod of 256). HBM: what libtpu allows a program. ICI a link: ' + _BOOK,
+            source=_source('TPU v5e', _BOOK, '6.4 Tbit/s a pod of 256'),
         ),
         Chip(
             name='v5p',
@@ -146,45 +169,45 @@ CHIPS = {
             hbm_bandwidth=2765e9,
             ici_links=6,
             ici_bandwidth=6 * 90e9,
+            ring_length=4,
             dcn_bandwidth=6.25e9,
             devices_per_chip=1,
-            source='Google Cloud documentation, TPU v5p: FLOP/s, HBM bandwidth, DCN (50 Gbit/s a'
-            ' chip). HBM: what libtpu allows a program. ICI a link: ' + _BOOK,
+            source=_source('TPU v5p', _BOOK, '50 Gbit/s a chip'),
         ),
         Chip(
             name='v6e',
             flops_per_second=918e12,
-            hbm_bytes=int(31.25 * GIB),
+            hbm_bytes=int(31.24 * GIB),
             hbm_bandwidth=1638e9,
             ici_links=4,
             ici_bandwidth=4 * 90e9,
+            ring_length=16,
             dcn_bandwidth=12.5e9,
             devices_per_chip=1,
-            source='Google Cloud documentation, TPU v6e: FLOP/s, HBM bandwidth, DCN (100 Gbit/s a'
-            ' chip). HBM: what libtpu allows a program. ICI a link: ' + _BOOK,
+            source=_source('TPU v6e', _BOOK, '100 Gbit/s a chip'),
         ),
         Chip(
             name='tpu7x',
             flops_per_second=2307e12,
-            hbm_bytes=192 * GIB,
+            hbm_bytes=int(2 * 94.74 * GIB),
             hbm_bandwidth=7380e9,
             ici_links=6,
             ici_bandwidth=6 * 90e9,
+            ring_length=4,
             dcn_bandwidth=12.5e9,
             devices_per_chip=2,
-            source='Google Cloud documentation, TPU7x (Ironwood): FLOP/s, HBM bandwidth, DCN (100'
-            ' Gbit/s a chip). HBM: what libtpu allows a program. ICI a link: ' + _BOOK,
+            source=_source('TPU7x (Ironwood)', _BOOK, '100 Gbit/s a chip'),
         ),
     )
 }
 
 _FAMILIES = {
-    'v3': _Family('v3', '', counted=2, dimensions=2, largest=1024),
-    'v4': _Family('v4', 'megacore', counted=2, dimensions=3, largest=4096),
-    'v5e': _Family('v5e', '', counted=1, dimensions=2, largest=256),
-    'v5p': _Family('v5p', '', counted=2, dimensions=3, largest=6144),
-    'v6e': _Family('v6e', '', counted=1, dimensions=2, largest=256),
-    'tpu7x': _Family('TPU7x', '', counted=2, dimensions=3, largest=9216),
+    'v3': _Family('v3', '', counted=2, dimensions=2, smallest=4, largest=1024),
+    'v4': _Family('v4', 'megacore', counted=2, dimensions=3, smallest=4, largest=4096),
+    'v5e': _Family('v5e', '', counted=1, dimensions=2, smallest=1, largest=256),
+    'v5p': _Family('v5p', '', counted=2, dimensions=3, smallest=4, largest=6144),
+    'v6e': _Family('v6e', '', counted=1, dimensions=2, smallest=1, largest=256),
+    'tpu7x': _Family('TPU7x', '', counted=2, dimensions=3, smallest=4, largest=9216),
 }
 _ALIASES = {'v5litepod': 'v5e', 'v5lite': 'v5e', 'trillium': 'v6e', 'ironwood': 'tpu7x'}
 
@@ -221,7 +244,7 @@ def _shape_2d(chips: int) -> tuple[int, ...] | None:
 
 def _shape(family: _Family, chips: int) -> tuple[int, ...] | None:
     """The usual shape of a slice of so many chips, or None where there is none."""
-    if not 0 < chips <= family.largest:
+    if not family.smallest <= chips <= family.largest:
         return None
     return _shape_2d(chips) if family.dimensions == 2 else _shape_3d(chips)
 
@@ -266,7 +289,7 @@ def _read_size(family: _Family, separator: str, size: str) -> tuple[int, ...] | 
             return None
         return _shape(family, int(size) // family.counted)
     sides = tuple(int(side) if side else 0 for side in size.split('x'))
-    fits = len(sides) == family.dimensions and 0 < math.prod(sides) <= family.largest
+    fits = len(sides) == family.dimensions and family.smallest <= math.prod(sides) <= family.largest
     return sides if fits else None
 
 
@@ -319,6 +342,8 @@ def topology_devices(wanted: Topology) -> list[Any]:
     options: dict[str, Any] = {}
     if family.chip_config:
         options['chip_config_name'] = family.chip_config
+    if math.prod(wanted.shape) == 1:
+        options['chips_per_host_bounds'] = (1, 1, 1)  # libtpu expects 2x2x1 unless told
     if wanted.slices > 1:
         options['num_slices'] = wanted.slices
     try:
@@ -343,7 +368,6 @@ def configure_ahead_of_time() -> None:
     may compile at the same time (libtpu otherwise takes a lock file: one process a machine).
     """
     os.environ.update(
-        JAX_PLATFORMS='cpu',
         TPU_SKIP_MDS_QUERY='1',
         ALLOW_MULTIPLE_LIBTPU_LOAD='1',
         # These two only keep libtpu from complaining that it cannot find out for itself.
@@ -351,7 +375,4 @@ def configure_ahead_of_time() -> None:
         TPU_WORKER_HOSTNAMES='localhost',
     )
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-    if 'jax' in sys.modules:  # it has read JAX_PLATFORMS already
-        import jax
-
-        jax.config.update('jax_platforms', 'cpu')
+    use_cpu()
