@@ -72,10 +72,9 @@ pass_on() {
 
 # Waits until `pids` is empty; sets `code` to that of the first that failed, else 0.
 wait_for_all() {
-  local ended status deadline=
+  local ended='' status deadline=''
   code=0
   while [[ ${#pids[@]} -gt 0 ]]; do
-    ended=
     status=0
     if [[ $deadline ]]; then
       sleep 0.1
@@ -88,7 +87,7 @@ wait_for_all() {
       continue
     fi
     wait -n -p ended "${pids[@]}" || status=$?
-    [[ $ended ]] || continue # a signal came in between; pass_on has dealt with it
+    [[ ${ended-} ]] || continue # a signal came in between; pass_on has dealt with it
     forget "$ended"
     [[ $status -ne 0 && $code -eq 0 ]] || continue
     code=$status

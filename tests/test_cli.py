@@ -275,3 +275,23 @@ def test_the_command_is_installed():
     script = pathlib.Path(sys.executable).parent / 'bigssl'
     done = subprocess.run([script, '--version'], capture_output=True, text=True, check=True)
     assert done.stdout.startswith('bigssl-jax ')
+
+
+def test_check_resolves_and_touches_nothing(experiment, tmp_path, capsys):
+    words = ['run', '--config', f'{experiment}:mine', '--workdir', str(tmp_path / 'w'), '--check']
+    assert cli.main([*words, '--config.seed=3', '--json', str(tmp_path / 'check.json')]) == 0
+    checked = json.loads((tmp_path / 'check.json').read_text())
+    assert checked['name'] == 'mine' and checked['stages'] == ['prepare']
+    assert checked['config_hash'] in capsys.readouterr().out
+    assert not (tmp_path / 'w').exists()
+    assert cli.main([*words, '--json', str(tmp_path / 'other.json')]) == 0
+    other = json.loads((tmp_path / 'other.json').read_text())
+    assert other['config_hash'] != checked['config_hash']  # the seed is part of it
+
+
+@pytest.mark.parametrize('wrong', ['--config.sed=3', '--stages=teachr'])
+def test_check_refuses_what_a_run_would_refuse(experiment, tmp_path, capsys, wrong):
+    words = ['run', '--config', str(experiment), '--workdir', str(tmp_path / 'w'), '--check']
+    assert cli.main([*words, wrong]) == 2
+    assert 'bigssl: ' in capsys.readouterr().err
+    assert not (tmp_path / 'w').exists()

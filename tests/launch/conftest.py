@@ -21,24 +21,29 @@ TOOLS = (
     'bash basename cat chmod dirname env git grep ls mkdir mv nproc rm rmdir sed setsid sh sleep'
     ' sort tail tar touch'
 ).split()
-STAND_IN = """#!{python} -SE
-import json, os, pathlib, sys
+STAND_IN = """#!{python} -SEI
+import json, os, sys
 
-here = pathlib.Path({folder!r})
+folder = {folder!r} + '/'
 call = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
-with open(here / 'calls.jsonl', 'a') as file:
+with open(folder + 'calls.jsonl', 'a') as file:
     file.write(json.dumps(call) + chr(10))
 for word in call:
     if word.startswith('--labels=bigssl-launch='):
-        (here / 'mark').write_text(word.split('=')[-1])
-for rule in json.loads((here / 'rules.json').read_text()):
+        with open(folder + 'mark', 'w') as file:
+            file.write(word.split('=')[-1])
+with open(folder + 'rules.json') as file:
+    rules = json.load(file)
+for rule in rules:
     if rule['program'] == call[0] and all(word in ' '.join(call) for word in rule['words']):
-        counter = here / ('count-%d' % rule['number'])
-        asked = int(counter.read_text()) if counter.exists() else 0
-        counter.write_text(str(asked + 1))
+        counter = folder + 'count-%d' % rule['number']
+        asked = os.path.getsize(counter) if os.path.exists(counter) else 0
+        with open(counter, 'a') as file:
+            file.write('.')
         answer = rule['answers'][min(asked, len(rule['answers']) - 1)]
         if answer == 'MARK':
-            answer = (here / 'mark').read_text()
+            with open(folder + 'mark') as file:
+                answer = file.read()
         if isinstance(answer, int):
             print(call[0] + ': refused', file=sys.stderr)
             sys.exit(answer)
@@ -137,7 +142,9 @@ def world(tmp_path) -> World:
     world.answer('kubectl', 'customresourcedefinition', answers=['jobsets'])
     world.answer('sbatch', answers=['4711'])
     world.answer('squeue', answers=['RUNNING'])
-    identity = {f'GIT_{who}_{what}': 'a' for who in ('AUTHOR', 'COMMITTER') for what in ('NAME', 'EMAIL')}
+    identity = {
+        f'GIT_{who}_{what}': 'a' for who in ('AUTHOR', 'COMMITTER') for what in ('NAME', 'EMAIL')
+    }
     (tmp_path / '.gitignore').write_text('*\n')
     for words in (['init', '-q'], ['commit', '-q', '--allow-empty', '-m', 'all']):
         subprocess.run(

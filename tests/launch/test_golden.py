@@ -21,7 +21,12 @@ CASES = {
     'tpu_vm_slices': (
         ['tpu_vm.sh', 'up', '--name', 'two', '--zone', 'us-central2-b', '--topology', '2xv4-512']
         + ['--reserved', '--project', 'p', '--network', 'net', '--subnetwork', 'sub']
-        + ['--service-account', 'a@p.iam.gserviceaccount.com', '--runtime-version', 'tpu-ubuntu2204-base']
+        + [
+            '--service-account',
+            'a@p.iam.gserviceaccount.com',
+            '--runtime-version',
+            'tpu-ubuntu2204-base',
+        ]
         + [*BIGSSL, 'gs://my-bucket/x']
     ),
     'gke': (
@@ -29,7 +34,16 @@ CASES = {
         + ['--bucket', 'my-bucket', *ON_TPU, *AWKWARD]
     ),
     'gke_slices': (
-        ['gke.sh', 'run', '--name', 'two', '--topology', '2xtpu7x-128', '--image', 'registry/bigssl:1']
+        [
+            'gke.sh',
+            'run',
+            '--name',
+            'two',
+            '--topology',
+            '2xtpu7x-128',
+            '--image',
+            'registry/bigssl:1',
+        ]
         + ['--namespace', 'speech', '--context', 'c', '--service-account', 'trainer', '--spot']
         + ['--env', 'A=$(B) "q"', '--env', 'EMPTY=', '--max-restarts', '7', '--grace-seconds', '60']
         + [*BIGSSL, 'gs://my-bucket/x']
@@ -39,13 +53,31 @@ CASES = {
         + ['--reservation', 'mine', *BIGSSL, 'gs://my-bucket/x']
     ),
     'xpk': (
-        ['gke.sh', 'run', '--name', 'pod', '--topology', '2xv5e-256', '--image', 'registry/bigssl:1']
+        [
+            'gke.sh',
+            'run',
+            '--name',
+            'pod',
+            '--topology',
+            '2xv5e-256',
+            '--image',
+            'registry/bigssl:1',
+        ]
         + ['--xpk', '--cluster', 'c', '--zone', 'us-west4-a', '--env', 'A=b c']
         + [*BIGSSL, 'gs://my-bucket/x', *AWKWARD]
     ),
     'slurm': (
         ['slurm.sh', 'run', '--name', 'gpus', '--nodes', '4', '--gpus-per-node', '8', '--time']
-        + ['2-00:00:00', '--partition', 'a100', '--account', 'speech', *BIGSSL, '/shared/x', *AWKWARD]
+        + [
+            '2-00:00:00',
+            '--partition',
+            'a100',
+            '--account',
+            'speech',
+            *BIGSSL,
+            '/shared/x',
+            *AWKWARD,
+        ]
     ),
 }
 

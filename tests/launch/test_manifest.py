@@ -50,7 +50,10 @@ def test_the_schema_accepts_every_field(name):
         (['spec', 'replicatedJobs', 0, 'replicas'], 'two'),
         (['spec', 'failurePolicy', 'maxRestart'], 3),
         (['spec', 'replicatedJobs', 0, 'template', 'spec', 'completions'], '4'),
-        (['spec', 'replicatedJobs', 0, 'template', 'spec', 'template', 'spec', 'nodeSelectr'], {'a': 'b'}),
+        (
+            ['spec', 'replicatedJobs', 0, 'template', 'spec', 'template', 'spec', 'nodeSelectr'],
+            {'a': 'b'},
+        ),
     ],
 )
 def test_the_schema_refuses_mistakes(path, value):
@@ -117,7 +120,9 @@ def test_words_arrive_as_they_were_given():
         '--config.name=it\'s "50%" $(date) `id` $HOME \\ *',
         '--config.note=two\nlines; & | #',
     ]
-    pod = manifest('gke_slices')['spec']['replicatedJobs'][0]['template']['spec']['template']['spec']
+    pod = manifest('gke_slices')['spec']['replicatedJobs'][0]['template']['spec']['template'][
+        'spec'
+    ]
     values = {item['name']: expanded(item['value']) for item in pod['containers'][0]['env']}
     assert values == {'A': '$(B) "q"', 'EMPTY': ''}
 
