@@ -1,6 +1,7 @@
 """The `bigssl` command: each verb is a few lines that call into a room.
 
     bigssl run         a recipe: pre-train, fine-tune, pseudo-label, self-train, evaluate
+    bigssl sweep       a recipe with many configs; one table of the results
     bigssl prepare     a manifest or a TFDS builder into an indexed corpus
     bigssl inspect     what a corpus holds
     bigssl transcribe  audio files into text
@@ -106,7 +107,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('--version', action='version', version=f'bigssl-jax {__version__}')
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
-    for add in (_add_run, _add_prepare, _add_inspect, _add_transcribe, _add_score, _add_report):
+    for add in (
+        _add_run,
+        _add_sweep,
+        _add_prepare,
+        _add_inspect,
+        _add_transcribe,
+        _add_score,
+        _add_report,
+    ):
         add(verbs)
     return parser
 
@@ -229,6 +238,68 @@ def check_writable(directory: str) -> None:
         raise ConfigError(
             f'--workdir {directory!r} cannot be written ({error.strerror}); name another folder'
         ) from error
+
+
+# ---------------------------------------------------------------------------------------------
+# sweep
+
+
+def _add_sweep(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        'sweep',
+        'Run a recipe with many configs.  Lists, runs, resumes them; one table of the results.',
+        '  bigssl sweep --config experiments/quickstart.py \\\n'
+        '      --sweep experiments/sweeps/learning_rate.py --list\n'
+        '  bigssl sweep --config experiments/quickstart.py \\\n'
+        '      --sweep experiments/sweeps/learning_rate.py --workdir runs/lr --jobs 2\n'
+        "  ... --launcher 'sbatch --job-name={name} --output={log} --wrap={command}'\n"
+        '  ... --collect --metric test.student.wer,test.student.cer',
+        _sweep,
+    )
+    _add_config(verb)
+    verb.add_argument(
+        '--sweep', required=True, metavar='FILE[:ARG]', help='Python file with get_sweep()'
+    )
+    verb.add_argument('--workdir', metavar='DIR', help='one folder a run; needed to run')
+    action = verb.add_mutually_exclusive_group()
+    action.add_argument('--list', action='store_true', help='show the runs, start nothing')
+    action.add_argument('--collect', action='store_true', help='show the results, start nothing')
+    verb.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at a time (1)')
+    verb.add_argument(
+        '--launcher', default='', metavar='WORDS', help='start {command} with this, without a shell'
+    )
+    verb.add_argument('--retry', action='store_true', help='start failed runs again')
+    verb.add_argument(
+        '--metric', default='', metavar='A,B', help='columns; the first sorts (NAME:max: down)'
+    )
+
+
+def _sweep(options: argparse.Namespace) -> dict[str, Any]:
+    from bigssl_jax.stages.sweep import sweep_command
+
+    result = sweep_command(
+        options.config,
+        options.sweep,
+        options.overrides,
+        options.workdir,
+        action='list' if options.list else 'collect' if options.collect else 'run',
+        jobs=options.jobs,
+        launcher=options.launcher,
+        retry=options.retry,
+        metrics=[name for name in options.metric.split(',') if name],
+    )
+    states = result.get('states', {})
+    if options.list or options.collect:
+        return result
+    unfinished = states.get('waiting', 0) + states.get('stopped', 0)
+    failed = states.get('failed', 0)
+    if unfinished or failed:
+        _write_json(result, options.json)
+        if unfinished:
+            sys.exit(_say(f'{unfinished} runs to do; the same command continues', EXIT_STOPPED))
+        sys.exit(_say(f'{failed} runs failed; --retry starts them again', EXIT_USER_ERROR))
+    return result
 
 
 # ---------------------------------------------------------------------------------------------

@@ -35,25 +35,40 @@ def load(path_and_argument: str) -> ml_collections.ConfigDict:
     Raises:
       ConfigError: the file is missing, is not Python, has no `get_config`, or fails.
     """
+    return call_file('--config', path_and_argument, 'get_config')
+
+
+def call_file(option: str, path_and_argument: str, function: str) -> Any:
+    """What `function` of `FILE.py` returns, called with ARG when `FILE.py:ARG` is given.
+
+    Args:
+      option: the command-line option that named the file; errors begin with it.
+      path_and_argument: `FILE.py` or `FILE.py:ARG`.
+      function: its name.
+
+    Raises:
+      ConfigError: the file is missing, is not Python, has no such function, or fails.
+    """
     path_text, _, argument = path_and_argument.partition(':')
     path = pathlib.Path(path_text)
     if not path.is_file():
         raise ConfigError(
-            f'--config: no file {path_text!r}; give a Python file with get_config(arg)'
+            f'{option}: no file {path_text!r}; give a Python file with {function}(arg)'
         )
     spec = importlib.util.spec_from_file_location(f'experiment_{path.stem}', path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f'--config: {path_text!r} is not a Python file (.py)')
+        raise ConfigError(f'{option}: {path_text!r} is not a Python file (.py)')
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        if not hasattr(module, 'get_config'):
-            raise ConfigError(f'--config: {path_text!r} defines no get_config(arg)')
-        return module.get_config(argument) if argument else module.get_config()
+        if not hasattr(module, function):
+            raise ConfigError(f'{option}: {path_text!r} defines no {function}(arg)')
+        call = getattr(module, function)
+        return call(argument) if argument else call()
     except UserError:
         raise
     except Exception as error:
-        raise ConfigError(f'--config: {_place(path, error)}: {_reason(error)}') from error
+        raise ConfigError(f'{option}: {_place(path, error)}: {_reason(error)}') from error
 
 
 def _place(path: pathlib.Path, error: Exception) -> str:

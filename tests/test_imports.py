@@ -16,11 +16,12 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'bigssl_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))
 
 # room -> rooms it may import, besides itself
-_BOTTOM = {'config', 'overrides', 'parallel'}
+_BOTTOM = {'config', 'overrides', 'parallel', 'sweeps'}
 _MODEL = _BOTTOM | {'audio', 'models'}
 ALLOWED: dict[str, set[str]] = {
     'config': set(),
     'overrides': {'config'},
+    'sweeps': {'config'},
     'parallel': {'config'},
     'audio': _BOTTOM,
     'models': _BOTTOM | {'audio'},

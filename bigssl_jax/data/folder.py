@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from bigssl_jax.data.errors import DataError
 
@@ -71,21 +71,54 @@ def folder_lock(directory: str) -> Iterator[None]:
                 f'{directory}: holds other files ({", ".join(sorted(others)[:3])}); '
                 'choose a new or an empty folder'
             )
+    except OSError as error:
+        raise DataError(f'{directory}: cannot be written to: {error.strerror or error}') from None
+    with file_lock(path):
+        yield
+
+
+def _give_up(holder: str) -> bool:
+    return False
+
+
+@contextlib.contextmanager
+def file_lock(path: str, wait: Callable[[str], bool] = _give_up) -> Iterator[int]:
+    """Holds the file `path` alone, made if needed; yields its handle.
+
+    A process that inherits the handle keeps the lock as long as it lives.
+
+    Args:
+      path: the file; what it guards is the folder around it.
+      wait: called with the name of the process that has it, as long as there is one: takes its
+        time and says whether to try again.  The default does not wait.
+
+    Raises:
+      DataError: another process has it, or the file cannot be made.
+    """
+    directory = os.path.dirname(path)
+    try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise DataError(f'{directory}: cannot be written to: {error.strerror or error}') from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(handle, 200).decode(errors='replace') or 'unknown'
-            raise DataError(
-                f'{directory}: another process is at work on this folder ({holder}); '
-                'wait for it to end, or choose another folder'
-            ) from None
+        while not _locked(handle):
+            holder = os.pread(handle, 200, 0).decode(errors='replace') or 'unknown'
+            if not wait(holder):
+                raise DataError(
+                    f'{directory}: another process is at work on this folder ({holder}); '
+                    'wait for it to end, or choose another folder'
+                )
         os.ftruncate(handle, 0)
-        os.write(handle, f'process {os.getpid()} on {socket.gethostname()}'.encode())
+        os.pwrite(handle, f'process {os.getpid()} on {socket.gethostname()}'.encode(), 0)
         os.fsync(handle)
-        yield
+        yield handle
     finally:
         os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

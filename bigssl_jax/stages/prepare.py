@@ -4,9 +4,11 @@ Corpora live in `data_dir` (default <workdir>/corpora) and are shared by experim
 same by a name (see origin.py); the tokenizer and the feature statistics belong to the run.
 """
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from bigssl_jax.stages.origin import (
     origin_of,
     synthetic_origin,
 )
+from bigssl_jax.training.signals import Stopped
 
 STATISTICS_BATCH = 16
 
@@ -48,37 +51,17 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
 def prepare_corpora(context: Context) -> dict[str, Any]:
     """Prepares every corpus of the config; name -> {rows, hours, fingerprint, source, ...}."""
     from bigssl_jax.data.corpus import Corpus
-    from bigssl_jax.data.prepare import prepare
 
-    given = context.config['corpora']
-    missing = {
-        name: fields
-        for name, fields in given.items()
-        if not (context.corpus_directory(name) / 'corpus.json').exists()
-    }
-    for name in given:
-        if name not in missing:
-            check_origin(given, name, context.corpus_directory(name))
-    origins = {name: origin_of(given, name) for name in missing}
-    voices, synthetic = _open_voices(context, missing)
+    missing = _missing(context)
+    _check_origins(context, missing)
+    if missing:
+        with _alone(context):
+            still_missing = _missing(context)
+            _check_origins(context, still_missing)  # of what another run has made meanwhile
+            _prepare_missing(context, still_missing)
     report = {}
-    for name, fields in given.items():
-        directory = context.corpus_directory(name)
-        if name in missing:
-            entries: str | Iterable[Any]
-            if fields['manifest']:
-                entries, source = _manifest_entries(fields), f'manifest {fields["manifest"]}'
-            elif fields['tfds']:
-                from bigssl_jax.data.tfds_entries import entries_from_tfds
-
-                entries, source = entries_from_tfds(fields['tfds']), f'tfds {fields["tfds"]}'
-            else:
-                entries = voices[name]
-                source = 'synthetic speech' if synthetic else 'open_voices'
-                if synthetic:
-                    origins[name] = synthetic_origin(given, name)
-            prepare(entries, directory, jobs=cpu_cores(), source=source, origin=origins[name])
-        corpus = Corpus.open(directory)
+    for name in context.config['corpora']:
+        corpus = Corpus.open(context.corpus_directory(name))
         corpus.verify()
         report[name] = {
             'rows': len(corpus),
@@ -88,6 +71,65 @@ def prepare_corpora(context: Context) -> dict[str, Any]:
             'quarantined': corpus.info.get('quarantined', 0),
         }
     return report
+
+
+def _missing(context: Context) -> dict[str, Mapping[str, Any]]:
+    return {
+        name: fields
+        for name, fields in context.config['corpora'].items()
+        if not (context.corpus_directory(name) / 'corpus.json').exists()
+    }
+
+
+def _check_origins(context: Context, missing: Mapping[str, Any]) -> None:
+    for name in context.config['corpora']:
+        if name not in missing:
+            check_origin(context.config['corpora'], name, context.corpus_directory(name))
+
+
+@contextlib.contextmanager
+def _alone(context: Context) -> Iterator[None]:
+    """Waits until no other run prepares corpora in the same data_dir, and keeps others waiting."""
+    from bigssl_jax.data.folder import file_lock
+
+    folder = context.corpus_directory('')
+    waited_for: list[str] = []
+
+    def wait(holder: str) -> bool:
+        if context.stop.requested:
+            raise Stopped('stopped while waiting for corpora; the same command continues')
+        if not waited_for:
+            print(f'prepare: waiting for another run ({holder}) to prepare {folder}', flush=True)
+            waited_for.append(holder)
+        time.sleep(0.5)
+        return True
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with file_lock(str(folder / '.prepare.lock'), wait):
+        yield
+
+
+def _prepare_missing(context: Context, missing: Mapping[str, Mapping[str, Any]]) -> None:
+    from bigssl_jax.data.prepare import prepare
+
+    given = context.config['corpora']
+    origins = {name: origin_of(given, name) for name in missing}
+    voices, synthetic = _open_voices(context, missing)
+    for name, fields in missing.items():
+        entries: str | Iterable[Any]
+        if fields['manifest']:
+            entries, source = _manifest_entries(fields), f'manifest {fields["manifest"]}'
+        elif fields['tfds']:
+            from bigssl_jax.data.tfds_entries import entries_from_tfds
+
+            entries, source = entries_from_tfds(fields['tfds']), f'tfds {fields["tfds"]}'
+        else:
+            entries = voices[name]
+            source = 'synthetic speech' if synthetic else 'open_voices'
+            if synthetic:
+                origins[name] = synthetic_origin(given, name)
+        directory = context.corpus_directory(name)
+        prepare(entries, directory, jobs=cpu_cores(), source=source, origin=origins[name])
 
 
 def _manifest_entries(fields: Mapping[str, Any]) -> Any:
