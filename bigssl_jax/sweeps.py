@@ -136,10 +136,10 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
     return {path: labels[path] if taken.count(labels[path]) == 1 else path for path in paths}
 
 
-def varied_paths(points: Sequence[Point]) -> list[str]:
+def varied_paths(points: Sequence[Mapping[str, Any]]) -> list[str]:
     """The paths that not every point sets to the same value, in order of appearance."""
     paths = list(dict.fromkeys(path for point in points for path in point))
-    first = points[0] if points else {}
+    first: Mapping[str, Any] = points[0] if points else {}
     return [
         path
         for path in paths

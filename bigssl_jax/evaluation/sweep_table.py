@@ -97,7 +97,7 @@ def metrics_of(run: Run) -> tuple[dict[str, float], dict[str, tuple[float, float
 
 
 def default_metric(run: Run) -> str:
-    """The WER of the last model on the largest test set; without one, the last loss."""
+    """The WER of the last model on the largest test set; without one, the last loss; or ''."""
     rows = result_table(run)
     if rows:
         model = [row.model for row in rows if row.set == rows[0].set][-1]
@@ -114,17 +114,18 @@ def differing_fields(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     return [{path: one.get(path) for path in varying} for one in flat]
 
 
-def sort_rows(rows: Sequence[Row], metric: Metric) -> list[Row]:
-    """The rows in order of the metric, those without it last, in their old order.
-
-    Raises:
-      UserError: rows have metrics, and none has this one.
-    """
+def check_metrics(rows: Sequence[Row], names: Sequence[str]) -> None:
+    """Raises a UserError if rows have metrics, and none has one of these."""
     known = sorted({name for row in rows for name in row.metrics})
-    if known and metric.name not in known:
-        near = difflib.get_close_matches(metric.name, known, n=1, cutoff=0.5)
-        hint = f'did you mean {near[0]!r}?' if near else f'there are: {", ".join(known)}'
-        raise UserError(f'--metric {metric.name!r}: no run has it; {hint}')
+    for name in names:
+        if known and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f'did you mean {near[0]!r}?' if near else f'there are: {", ".join(known)}'
+            raise UserError(f'--metric {name!r}: no finished stage has it; {hint}')
+
+
+def sort_rows(rows: Sequence[Row], metric: Metric) -> list[Row]:
+    """The rows in order of the metric, those without it last, in their old order."""
     sign = -1 if metric.highest else 1
     return sorted(rows, key=lambda row: sign * _number(row, metric.name, sign * math.inf))
 

@@ -113,7 +113,7 @@ def collect(runs: Sequence[Run], jobs: Sequence[Job], metric: str) -> dict[str, 
     Args:
       runs: the sweep.
       jobs: their states.
-      metric: see `sweep_table.parse_metric`; '' chooses one.
+      metric: see `sweep_table.parse_metric`; '' chooses one, once a run is done.
 
     Returns:
       {'metric', 'highest_first', 'runs': Row.to_json() + 'point' and 'hash', in order of it}.
@@ -123,11 +123,12 @@ def collect(runs: Sequence[Run], jobs: Sequence[Job], metric: str) -> dict[str, 
     labels = sweeps.short_names(paths)
     swept = {path for point in points for path in point}
     differs = sweep_table.differing_fields([identity(run.config, swept) for run in runs])
-    rows, chosen = [], metric
+    rows = []
+    finished: list[Workdir] = []
     for run, job, fields in zip(runs, jobs, differs, strict=True):
         read = _read(run, job.directory, swept)
         metrics, intervals = sweep_table.metrics_of(read) if read else ({}, {})
-        chosen = chosen or (sweep_table.default_metric(read) if read else '')
+        finished += [read] if read and job.state == 'done' else []
         values = {labels[path]: run.point[path] for path in paths if path in run.point}
         argument = {k: v for k, v in run.point.items() if k == sweeps.ARGUMENT and k in paths}
         rows.append(
@@ -136,7 +137,9 @@ def collect(runs: Sequence[Run], jobs: Sequence[Job], metric: str) -> dict[str, 
                 round(job.running_seconds, 1),
             )
         )  # fmt: skip
-    order = sweep_table.parse_metric(chosen)
+    if not metric and finished:
+        metric = sweep_table.default_metric(finished[0])
+    order = sweep_table.parse_metric(metric)
     rows = sweep_table.sort_rows(rows, order)
     by_name = {run.name: {'point': dict(run.point), 'hash': run.hash} for run in runs}
     return {
@@ -208,7 +211,8 @@ def sweep_command(
       UserError: a bad sweep file or config, a folder of another config, a sweep at work there.
     """
     points = sweeps.check_space(config_lib.call_file('--sweep', sweep_file, 'get_sweep'))
-    runs, others = make_runs(experiment, points, overrides), []
+    runs = make_runs(experiment, points, overrides)
+    others: list[str] = []
     directory = pathlib.Path(workdir or '')
     if workdir:
         runs, others = place_runs(runs, directory, {path for point in points for path in point})
@@ -228,7 +232,8 @@ def sweep_command(
         run_sweep(runs, planned, directory, jobs, launcher, retry)
     result = collect(runs, planned, metrics[0] if metrics else '')
     result |= {'workdir': str(directory), 'states': dict(Counter(job.state for job in planned))}
-    write_results(directory, result)
+    write_results(directory, result)  # first: a misspelt metric loses nothing
+    sweep_table.check_metrics(_rows(result), shown)
     print_results(result, shown)
     return result
 
@@ -248,13 +253,11 @@ def print_list(runs: Sequence[Run], states: Sequence[str]) -> dict[str, Any]:
     from rich.console import Console
     from rich.table import Table
 
-    labels = sweeps.short_names(sweeps.varied_paths([run.point for run in runs]))
     hours = [audio_hours(run.config) for run in runs]
-    table = Table('run', *labels.values(), *(['state'] if states else []), box=SIMPLE_HEAD)
+    table = Table('run', *(['state'] if states else []), box=SIMPLE_HEAD)
     table.add_column('hours of training audio', justify='right')
     for number, run in enumerate(runs):
-        values = [sweep_table.shown(run.point[p]) if p in run.point else '' for p in labels]
-        table.add_row(run.name, *values, *states[number : number + 1], f'{hours[number]:,.1f}')
+        table.add_row(run.name, *states[number : number + 1], f'{hours[number]:,.1f}')
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
     print(f'{len(runs)} runs, {sum(hours):,.1f} hours of training audio')
     known = states or ['waiting'] * len(runs)
@@ -284,6 +287,8 @@ def run_sweep(
         if job.state in ('failed', 'submitted') and not retry:
             print('\n'.join([*outcome(job), '    --retry starts it again']))
     if not todo:
+        done = sum(job.state == 'done' for job in jobs)
+        print(f'{done} of {len(jobs)} runs are done, nothing to do')
         return
     if launcher and not shutil.which(todo[0].words[0]):
         raise UserError(f'--launcher: there is no command {todo[0].words[0]!r}')

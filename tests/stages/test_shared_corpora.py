@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,13 +12,14 @@ import soundfile
 from bigssl_jax.config import ConfigError
 from bigssl_jax.data import open_voices
 from bigssl_jax.data.corpus import Corpus
+from bigssl_jax.data.folder import file_lock
 from bigssl_jax.data.manifest import Entry
 from bigssl_jax.data.open_voices.splits import mark_seen
 from bigssl_jax.data.prepare import prepare, prepare_command
 from bigssl_jax.stages import prepare as prepare_stage
 from bigssl_jax.stages import schema
 from bigssl_jax.stages.context import Context
-from bigssl_jax.training.signals import StopRequest
+from bigssl_jax.training.signals import Stopped, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -194,3 +197,50 @@ def test_a_corpus_has_one_kind_of_source(run, manifest):
         run({'speech': {}})
     with pytest.raises(ConfigError, match='not manifest and tfds'):
         run({'speech': {'manifest': str(manifest), 'tfds': 'librispeech'}})
+
+
+def test_a_run_waits_for_another_that_prepares_in_the_same_folder(run, manifest, tmp_path, capsys):
+    (tmp_path / 'shared').mkdir()
+    found = []
+    corpora = {'speech': {'manifest': str(manifest)}}
+    second = threading.Thread(target=lambda: found.append(run(corpora)))
+    with file_lock(str(tmp_path / 'shared' / '.prepare.lock')):
+        second.start()
+        time.sleep(0.8)
+        assert found == []
+        assert not (tmp_path / 'shared' / 'speech').exists()
+    second.join()
+    assert found[0]['speech']['rows'] == 4
+    assert capsys.readouterr().out.count('waiting for another run') == 1
+
+
+def test_who_waited_refuses_another_corpus_made_meanwhile(run, manifest, monkeypatch):
+    """Between looking and locking, another run prepares a corpus of the same name."""
+    real = prepare_stage._alone
+
+    def late(context):
+        monkeypatch.setattr(prepare_stage, '_alone', real)
+        run({'speech': {'manifest': str(manifest), 'split_by': 'speaker'}})
+        return real(context)
+
+    monkeypatch.setattr(prepare_stage, '_alone', late)
+    with pytest.raises(ConfigError, match='speech holds another corpus'):
+        run({'speech': {'manifest': str(manifest)}})
+
+
+def test_who_waits_can_be_stopped(tmp_path, manifest):
+    config = {
+        'data_dir': str(tmp_path / 'shared'),
+        'corpora': {'speech': {'manifest': str(manifest)}},
+        'selections': {'all': {'corpus': 'speech'}},
+        'statistics': {'selection': 'all'},
+    }
+    stop = StopRequest()
+    stop.requested = True
+    waiting = Context(schema.resolve(config), 'prepare', tmp_path / 'run', None, stop)
+    (tmp_path / 'shared').mkdir()
+    with (
+        file_lock(str(tmp_path / 'shared' / '.prepare.lock')),
+        pytest.raises(Stopped, match='the same command continues'),
+    ):
+        prepare_stage.prepare_corpora(waiting)
