@@ -272,7 +272,10 @@ def get_sweep():
 
 
 @pytest.mark.slow
-def test_six_runs_interrupted_in_the_middle_give_the_table_of_their_files(recipe, tmp_path):
+@pytest.mark.timeout(1800)
+def test_six_runs_interrupted_in_the_middle_give_the_table_of_their_files(
+    recipe, tmp_path, request
+):
     (tmp_path / 'six.py').write_text(REAL)
     workdir = tmp_path / 'sweep'
     words = [
@@ -285,10 +288,13 @@ def test_six_runs_interrupted_in_the_middle_give_the_table_of_their_files(recipe
     ]  # fmt: skip
 
     def start() -> subprocess.Popen:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
             env=recipe.environment(),
         )  # fmt: skip
+        request.addfinalizer(process.terminate)  # twice: at once
+        request.addfinalizer(process.terminate)
+        return process
 
     def finished() -> list[pathlib.Path]:
         return sorted(workdir.glob('*/evaluate/done.json'))
@@ -298,14 +304,14 @@ def test_six_runs_interrupted_in_the_middle_give_the_table_of_their_files(recipe
         return len(finished()) >= 2 and len(begun) > len(finished())
 
     process = start()
-    limit = time.monotonic() + 240
+    limit = time.monotonic() + 800
     while not mid_training():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < limit
         time.sleep(0.02)
     before = {path: path.stat().st_mtime_ns for path in finished()}
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 75, (out, err)
     assert 'the same command continues' in err
     stopped = json.loads((tmp_path / 'out.json').read_text())['states']
@@ -315,7 +321,7 @@ def test_six_runs_interrupted_in_the_middle_give_the_table_of_their_files(recipe
     assert sum(stopped.values()) == 6
 
     process = start()
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=800)
     assert process.returncode == 0, (out, err)
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     result = json.loads((tmp_path / 'out.json').read_text())

@@ -43,7 +43,7 @@ def as_the_child_reads_it(run) -> dict:
         ('stages.teacher.init_from', ''),
         ('stages.pretrain.spec_augment', {'freq_width': 20}),
         ('stages.pretrain.spec_augment', None),
-        ('stages.student.streams.mix.sources.pseudo.filter', ()),
+        ('stages.student.streams.mix.sources.pseudo.filter', ({'kind': 'empty'},)),
         ('selections.labelled.hours', 0.02),
     ],
 )
