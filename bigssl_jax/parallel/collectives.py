@@ -90,28 +90,31 @@ def collectives(compiled_text: str, mesh: Any) -> list[Collective]:
     """
     program = hlo.parse(compiled_text)
     counts = hlo.execution_counts(program)
-    fused_into = hlo.fused_into(program)
+    fusions = hlo.fusions(program)
     found: dict[tuple[str, ...], Collective] = {}
     for name, computation in program.computations.items():
         for instruction in computation.values():
             channel = re.search(r'channel_id=(\d+)', instruction.attributes)
-            where = fused_into.get(name, name)
+            where, outer = fusions.get(name, (name, instruction))
             # Parts of one asynchronous collective: same channel, fused into the same computation.
-            key = (channel[1] if channel and name in fused_into else instruction.name, where)
+            key = (channel[1] if channel and name in fusions else instruction.name, where)
             if key in found or not counts.get(name):
                 continue
             operation = instruction.operation.removesuffix('-start')
             if operation in _RING:
                 groups = device_groups(instruction.attributes, _num_devices(mesh))
-                if operation == 'all-reduce' and _is_scattered(instruction, computation):
+                may_be_cut = operation == 'all-reduce' and name in fusions
+                if may_be_cut and _is_scattered(instruction, computation):
                     operation = 'reduce-scatter'
-                axes, size = _axes(groups, mesh), groups.shape[1]
+                axes, size = _axes(groups, mesh), groups.shape[1] if len(groups) else 1
             elif transfer := re.search(r'_xla_megascale_transfer_type="(\w+)"', _sent(instruction)):
                 operation = transfer[1].lower().replace('_', '-')
                 axes, size = ('slice',), mesh.shape['slice']
             else:
                 continue
-            found[key] = _collective(operation, instruction, computation, counts[name], axes, size)
+            found[key] = _collective(
+                operation, instruction, computation, counts[name], axes, size, outer
+            )
     sent = [item for item in found.values() if item.bytes_per_device]
     return sorted(sent, key=lambda item: -item.bytes_per_device)
 
@@ -156,6 +159,7 @@ def _collective(
     count: int,
     axes: tuple[str, ...],
     size: int,
+    outer: hlo.Instruction,
 ) -> Collective:
     arrays = [
         array
@@ -164,7 +168,8 @@ def _collective(
         for array in computation[operand].arrays
     ]
     each = sum(array.size for array in arrays) * (_RING[operation](size) if size > 1 else 0.0)
-    source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    named = (re.search(r'op_name="([^"]*)"', i.attributes) for i in (instruction, outer))
+    source = next((name for name in named if name), None)
     return Collective(
         operation=operation,
         axes=axes,

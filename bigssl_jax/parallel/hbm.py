@@ -34,8 +34,7 @@ def hbm_bytes(compiled_text: str) -> float:
     """Bytes read from and written to HBM by one device in one run (an estimate, see above)."""
     program = hlo.parse(compiled_text)
     counts = hlo.execution_counts(program)
-    fused = hlo.fused_into(program)
-    inside = fused.keys() | _applied(program)
+    inside = hlo.fusions(program).keys() | _applied(program)
     return float(
         sum(
             counts.get(name, 0) * _moved(program, computation, instruction)

@@ -178,18 +178,22 @@ def unknown_loops(program: Program) -> list[str]:
     ]
 
 
-def fused_into(program: Program) -> dict[str, str]:
-    """For each body of a fusion, the computation, itself no such body, that it runs in."""
+def fusions(program: Program) -> dict[str, tuple[str, Instruction]]:
+    """For each body of a fusion, the outermost fusion it is part of, and the computation of that.
+
+    Returns:
+      body -> (computation that is itself no such body, its fusion instruction).
+    """
     caller = {
-        called: name
+        called: (name, instruction)
         for name, computation in program.computations.items()
         for instruction in computation.values()
         if instruction.operation == 'fusion'
         for called in instruction.called
     }
 
-    def outermost(name: str) -> str:
-        return outermost(caller[name]) if name in caller else name
+    def outermost(name: str) -> tuple[str, Instruction]:
+        return outermost(caller[name][0]) if caller[name][0] in caller else caller[name]
 
     return {name: outermost(name) for name in caller}
 

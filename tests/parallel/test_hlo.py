@@ -154,7 +154,8 @@ def test_ring_bytes_by_hand(instruction, axes, sent):
 def test_a_collective_of_one_device_moves_nothing():
     text = entry(
         '%a = f32[8,4]{1,0} parameter(0)',
-        'ROOT %r = f32[8,4]{1,0} all-reduce(%a), replica_groups=[8,1]<=[8]',
+        '%b = f32[8,4]{1,0} collective-permute(%a), source_target_pairs={{0,0},{1,1}}',
+        'ROOT %r = f32[8,4]{1,0} all-reduce(%b), replica_groups=[8,1]<=[8]',
     )
     assert collectives(text, MESH) == []
 
@@ -190,13 +191,17 @@ def test_an_all_reduce_of_which_only_slices_are_kept_is_a_reduce_scatter():
         '%a = bf16[8,4]{1,0} parameter(0)',
         '%b = bf16[4,8]{1,0} parameter(1)',
         'ROOT %r = (bf16[2,4]{1,0}, bf16[1,8]{1,0}) fusion(%a, %b), kind=kCustom,'
-        ' calls=%all-reduce-scatter.1',
+        ' calls=%all-reduce-scatter.1, metadata={op_name="g"}',
     )
     (found,) = collectives(entry(*lines, before=SCATTER), MESH)
-    assert (found.operation, found.axes) == ('reduce-scatter', ('fsdp',))
+    assert (found.operation, found.axes, found.source) == ('reduce-scatter', ('fsdp',), 'g')
     assert found.bytes_per_device == 3 / 4 * (64 + 64)
     kept = SCATTER.replace('tuple(%mine, %mine.2)', 'tuple(%mine, %second)')
     (found,) = collectives(entry(*lines, before=kept), MESH)
+    assert found.operation == 'all-reduce'
+    # Outside of a fusion the whole sum is made, whatever becomes of it.
+    body = SCATTER.strip().splitlines()[1:-1]
+    (found,) = collectives(entry(*(line.strip() for line in body)), MESH)
     assert found.operation == 'all-reduce'
 
 
