@@ -1,4 +1,4 @@
-"""Multi-head self-attention, plain or with Transformer-XL relative positions.
+"""Multi-head self-attention, without positions or with Transformer-XL relative ones.
 
 Shape letters: B batch, T frames (queries), S frames (keys, = T), D model, H heads, K head
 dimension, P = 2T - 1 distances.
@@ -24,8 +24,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from bigssl_jax.models.attention_kernels import fused_attend
 from bigssl_jax.models.config import ConformerConfig
 from bigssl_jax.models.layers import (
+    HEADS,
     RESIDUAL,
     Dense,
     Dropout,
@@ -36,7 +38,6 @@ from bigssl_jax.models.layers import (
 )
 from bigssl_jax.parallel import constrain
 
-HEADS = ('batch', 'time', 'heads', 'head_dim')
 # Finite, so that a row without any real key has a uniform softmax and no NaN.
 MASKED_SCORE = -1e30
 
@@ -122,6 +123,11 @@ class SelfAttention(nn.Module):
             by_distance = product_float32('bthk,phk->bhtp', query + position, projected)
             bias = relative_shift(by_distance)
             query = query + content
-        h = constrain(attend(query, key, value, mask, bias), HEADS)
+        # Parameters do not depend on the kernel, and are made wherever they are needed.
+        if config.attention == 'plain' or self.is_initializing():
+            h = attend(query, key, value, mask, bias)
+        else:
+            h = fused_attend(config.attention, query, key, value, mask)
+        h = constrain(h, HEADS)
         h = Dense((config.model_dim,), ('heads', 'head_dim', 'embed'), dtype, name='output')(h)
         return Dropout(config.dropout, name='dropout')(constrain(h, RESIDUAL), deterministic)

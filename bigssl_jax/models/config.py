@@ -6,6 +6,7 @@ from bigssl_jax.config import ConfigError
 
 DTYPES = ('float32', 'bfloat16')
 REMAT = ('none', 'dots', 'block', 'full')
+ATTENTION = ('plain', 'splash', 'cudnn')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,8 @@ class ConformerConfig:
             and the encoder's output are float32 always.
         remat: what the backward pass keeps of each layer. 'none' all; 'dots' the results of
             products with weights; 'block' each module's output; 'full' only the layer's input.
+        attention: 'plain' on every platform; 'splash' on TPU and 'cudnn' on GPU compute the same
+            without ever holding the scores (see attention_kernels.py for what each takes).
         depthwise_norm: norm after the depthwise convolution; 'layer' (over channels) only,
             because batch statistics would let batch mates and padding leak in.
     """
@@ -40,6 +43,7 @@ class ConformerConfig:
     num_mels: int = 80
     dtype: str = 'float32'
     remat: str = 'none'
+    attention: str = 'plain'
     depthwise_norm: str = 'layer'
 
     def __post_init__(self) -> None:
@@ -67,12 +71,35 @@ class ConformerConfig:
         for name, allowed in (
             ('dtype', DTYPES),
             ('remat', REMAT),
+            ('attention', ATTENTION),
             ('depthwise_norm', ('layer',)),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(
                     f'model.{name} is {getattr(self, name)!r}; allowed: {", ".join(allowed)}'
                 )
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        if self.attention == 'plain':
+            return
+        if self.relative_attention:
+            raise ConfigError(
+                f"model.attention is {self.attention!r}, which cannot add relative positions' term"
+                " to the scores it never holds; set model.attention='plain' or"
+                ' model.relative_attention=False'
+            )
+        if self.attention == 'cudnn' and self.dtype != 'bfloat16':
+            raise ConfigError(
+                f"model.attention is 'cudnn', which computes in 16 bits, and model.dtype is"
+                f" {self.dtype!r}; set model.dtype='bfloat16' or model.attention='plain'"
+            )
+        if self.attention == 'cudnn' and (self.head_dim % 8 or self.head_dim > 256):
+            raise ConfigError(
+                f"model.attention is 'cudnn' with head dimension {self.head_dim}"
+                f' (model.model_dim={self.model_dim} / model.num_heads={self.num_heads}); it takes'
+                ' multiples of 8 up to 128, on Hopper GPUs and later up to 256'
+            )
 
     @property
     def head_dim(self) -> int:

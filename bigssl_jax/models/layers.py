@@ -22,6 +22,7 @@ from bigssl_jax.parallel import constrain, stored
 
 RESIDUAL = ('batch', 'time', 'embed')
 HIDDEN = ('batch', 'time', 'mlp')
+HEADS = ('batch', 'time', 'heads', 'head_dim')
 
 
 def zero_padding(x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -2,8 +2,9 @@
 
 L to G are BigSSL's family as commonly reported (layers, width, heads, kernel); the paper's text
 vouches for "8 billion" only. The USM rows are from arXiv 2303.01037 (128 mels, relative
-attention). Subsampler channels are ours: (128, 32) keeps the front end below 1 % of XL's work,
-where two convolutions of model width would take 10 %. tiny and small are ours, for CPUs.
+attention). Subsampler channels are ours: (128, 32) keeps the front end below 1 % of XL's work;
+the wide form, two convolutions of model width, takes 10 % (XL: `subsampling_channels=(1024, 1024)`,
+30 M parameters more). tiny and small are ours, for CPUs.
 
 | name | layers | width | heads | kernel | relative attention | encoder parameters |
 |---|---|---|---|---|---|---|

@@ -7,7 +7,7 @@ an array, first come first served, and only where the dimension divides.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -85,14 +85,9 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     Raises:
       RuntimeError: several devices and no mesh: the constraint would silently vanish.
     """
-    mesh = _active_mesh.get()
+    mesh = _mesh_of_trace(f'constrain({tuple(names)})')
     if mesh is None:
-        if jax.device_count() == 1:
-            return x
-        raise RuntimeError(
-            f'constrain({tuple(names)}) with {jax.device_count()} devices and no mesh:'
-            ' trace the program inside parallel.use_mesh(mesh)'
-        )
+        return x
     spec = resolve_axes(names, x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
@@ -114,6 +109,53 @@ def stored(parameter: jax.Array, names: Sequence[str | None], dtype: Any) -> jax
     if mesh is None or not any(resolve_axes(names, parameter.shape, mesh)):
         return cast
     return constrain(cast, names)
+
+
+def _mesh_of_trace(what: str) -> Mesh | None:
+    """The mesh of `use_mesh`; None where there is a single device and no need of one."""
+    mesh = _active_mesh.get()
+    if mesh is None and jax.device_count() > 1:
+        raise RuntimeError(
+            f'{what} with {jax.device_count()} devices and no mesh:'
+            ' trace the program inside parallel.use_mesh(mesh)'
+        )
+    return mesh
+
+
+def device_platform() -> str:
+    """'cpu', 'gpu' or 'tpu': where the program that is being traced will run.
+
+    The mesh decides, if there is one: a program for TPUs can be compiled on a machine without.
+    """
+    mesh = _active_mesh.get()
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def per_shard(
+    function: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    names: Sequence[Sequence[str | None]],
+) -> jax.Array:
+    """`function(*arrays)`, every device computing on its own parts alone.
+
+    For kernels that the compiler cannot split by itself.
+
+    Args:
+      function: its result for a part of the batch is that part of the result, and it has the shape
+        of its first argument.
+      arrays: arguments.
+      names: the logical axes of each.
+
+    Returns:
+      An array of the shape and layout of `arrays[0]`.
+    """
+    mesh = _mesh_of_trace('per_shard')
+    if mesh is None or mesh.size == 1:
+        return function(*arrays)
+    specs = tuple(resolve_axes(n, x.shape, mesh) for n, x in zip(names, arrays, strict=True))
+    # A kernel does not say along which axes its result varies: nothing there to check.
+    split = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return split(*arrays)
 
 
 def logical_to_shardings(boxed: Any, mesh: Mesh) -> Any:

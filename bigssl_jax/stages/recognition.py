@@ -12,7 +12,7 @@ from bigssl_jax.audio import AudioConfig
 from bigssl_jax.data.tokenizer import Tokenizer
 from bigssl_jax.decoding import greedy_ctc
 from bigssl_jax.decoding.words import Word, words
-from bigssl_jax.models import ConformerConfig, Encoder
+from bigssl_jax.models import ConformerConfig, Encoder, attention_kernels
 from bigssl_jax.objectives import CTC, EncoderCall
 from bigssl_jax.parallel import replicated, use_mesh
 from bigssl_jax.stages.model import Model
@@ -94,7 +94,8 @@ class Recogniser:
         head = make_objective(model.heads[name], tokenizer.vocabulary_size, model.audio.num_mels)
         params = {'encoder': model.params['encoder'], 'head': model.params['heads'][name]}
         params, constants = jax.device_put((params, model.constants['encoder']), replicated(mesh))
-        return cls(model.encoder, model.audio, head, params, constants, tokenizer, mesh)
+        encoder = attention_kernels.portable(model.encoder, mesh.devices.flat[0].platform)
+        return cls(encoder, model.audio, head, params, constants, tokenizer, mesh)
 
     def recognise(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[Hypothesis]:
         """Decodes batches; fillers are skipped, the rest comes in the order of the batches."""

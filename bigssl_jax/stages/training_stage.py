@@ -17,7 +17,7 @@ import numpy as np
 from bigssl_jax.audio import AudioConfig
 from bigssl_jax.data.stream import Stream, stream
 from bigssl_jax.data.tokenizer import Tokenizer
-from bigssl_jax.models import ConformerConfig
+from bigssl_jax.models import ConformerConfig, attention_kernels
 from bigssl_jax.objectives.encoder_call import named_key
 from bigssl_jax.parallel.layout import check_layout, landed, layout_lines
 from bigssl_jax.stages.context import Context
@@ -36,11 +36,17 @@ Evaluate = Callable[[Trainer, TrainState], dict[str, float]]
 def make_trainer(
     config: Mapping[str, Any], stage: str, mesh: jax.sharding.Mesh, vocabulary_size: int | None
 ) -> Trainer:
-    """The trainer of a stage of a resolved config."""
+    """The trainer of a stage of a resolved config.
+
+    Raises:
+      UserError: the config asks for a kernel that the mesh's devices do not have.
+    """
     fields = config['stages'][stage]
     overrides = {k: v for k, v in config['encoder'].items() if k != 'preset'}
+    encoder = ConformerConfig(**overrides)
+    attention_kernels.check_platform(encoder.attention, mesh.devices.flat[0].platform)
     return Trainer(
-        encoder=ConformerConfig(**overrides),
+        encoder=encoder,
         audio=AudioConfig(**config['audio']),
         objectives={
             name: make_objective(given, vocabulary_size, config['audio']['num_mels'])

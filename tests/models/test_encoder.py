@@ -82,22 +82,42 @@ def test_other_ffn_widths_follow_the_arithmetic(multiplier):
     assert parameter_count(config) == 2 * block + subsampling_count(config)
 
 
+@pytest.mark.parametrize('name', ['XL', 'G'])
+def test_a_wider_kernel_costs_one_width_per_layer_and_frame(name):
+    narrow, wide = (parameter_count(presets.conformer(name, kernel_size=k)) for k in (5, 32))
+    config = presets.conformer(name)
+    assert wide - narrow == (32 - 5) * config.model_dim * config.num_layers
+
+
 @pytest.mark.parametrize(
-    'name, channels, decoder, low, high',
+    'name, relative, wide, decoder, low, high',
     [
-        ('L', (128, 32), 5.3e6, 113e6, 114e6),
-        ('L', (512, 512), 5.3e6, 119e6, 121e6),
-        ('XL', (128, 32), 8.9e6, 588e6, 590e6),
-        ('XL', (1024, 1024), 8.9e6, 618e6, 620e6),
-        ('XXL', (128, 32), 8.9e6, 1.02e9, 1.03e9),
-        ('XXL', (1024, 1024), 8.9e6, 1.05e9, 1.06e9),
-        ('G', (128, 32), 14.2e6, 7.83e9, 7.84e9),
-        ('G', (3072, 3072), 14.2e6, 8.10e9, 8.11e9),
+        ('L', True, False, 5.3e6, 113e6, 114e6),
+        ('L', True, True, 5.3e6, 119e6, 121e6),
+        ('XL', False, False, 8.9e6, 588e6, 590e6),
+        ('XL', False, True, 8.9e6, 618e6, 620e6),
+        ('XL', True, False, 8.9e6, 613e6, 615e6),
+        ('XL', True, True, 8.9e6, 643e6, 645e6),
+        ('XXL', False, False, 8.9e6, 1.02e9, 1.03e9),
+        ('XXL', False, True, 8.9e6, 1.05e9, 1.06e9),
+        ('XXL', True, False, 8.9e6, 1.065e9, 1.075e9),
+        ('XXL', True, True, 8.9e6, 1.095e9, 1.105e9),
+        ('G', False, False, 14.2e6, 7.83e9, 7.84e9),
+        ('G', False, True, 14.2e6, 8.10e9, 8.11e9),
+        ('G', True, False, 14.2e6, 8.17e9, 8.18e9),
+        ('G', True, True, 14.2e6, 8.44e9, 8.45e9),
     ],
 )
-def test_totals_with_the_decoder_match_the_published_labels(name, channels, decoder, low, high):
-    total = parameter_count(presets.conformer(name, subsampling_channels=channels)) + decoder
-    assert low < total < high
+def test_totals_with_the_decoder_match_the_published_labels(
+    name, relative, wide, decoder, low, high
+):
+    width = presets.conformer(name).model_dim
+    config = presets.conformer(
+        name,
+        relative_attention=relative,
+        subsampling_channels=(width, width) if wide else (128, 32),
+    )
+    assert low < parameter_count(config) + decoder < high
 
 
 def test_usm_presets_are_near_their_labels():

@@ -1,0 +1,127 @@
+"""The front end and fused attention on eight devices: each computes its own rows.
+
+A batch-sharded FFT, for one, would be gathered whole on every device. The device count cannot
+change in a running process, so one process with eight devices compiles everything.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from flax import linen as nn
+from bigssl_jax.audio import AudioConfig, frame_mask, log_mel, normalise
+from bigssl_jax.models import ConformerConfig, Encoder, attention_kernels
+from bigssl_jax.models.attention import attend
+from bigssl_jax.parallel import batch_sharding, logical_to_shardings, make_mesh, use_mesh
+
+ROWS, SECONDS = 16, 1.5
+AUDIO = AudioConfig()
+CONFIG = ConformerConfig(num_layers=1, model_dim=32, num_heads=4, subsampling_channels=(8, 16))
+
+def features(waveform, counts):
+    mels, frames = log_mel(waveform, counts, AUDIO)
+    mask = frame_mask(frames, mels.shape[1])
+    return normalise(mels, mask, np.full(80, 10.0), np.full(80, 3.0)), mask
+
+def front_end(params, waveform, counts):
+    return Encoder(CONFIG).apply(params, *features(waveform, counts), method='subsample')
+
+def compiled(mesh, function, *arrays):
+    with use_mesh(mesh):
+        return jax.jit(function).lower(*arrays).compile().as_text()
+
+def programs(mesh):
+    rows = batch_sharding(mesh)
+    waveform = jax.ShapeDtypeStruct((ROWS, int(SECONDS * 16000)), jnp.int16, sharding=rows)
+    counts = jax.ShapeDtypeStruct((ROWS,), jnp.int32, sharding=rows)
+    with use_mesh(mesh):
+        boxed = jax.eval_shape(
+            Encoder(CONFIG).init, jax.random.key(0), jnp.zeros((1, 8, 80)), jnp.ones((1, 8), bool))
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        nn.unbox(boxed), logical_to_shardings(boxed, mesh))
+    return {'features': compiled(mesh, features, waveform, counts),
+            'front_end': compiled(mesh, front_end, params, waveform, counts)}
+
+def attention(mesh):
+    rng = np.random.default_rng(0)
+    query, key, value, weights = rng.normal(size=(4, 8, 40, 2, 8)).astype(np.float32)
+    mask = np.arange(40) < np.array([40, 17, 0, 5, 40, 39, 1, 22])[:, None]
+    weights[~mask] = 0
+    def loss(function, arrays):
+        return jnp.sum(function(*arrays, mask) * weights)
+    def splash(*arrays):
+        return attention_kernels.fused_attend('splash', *arrays)
+    with use_mesh(mesh), attention_kernels.interpreted_kernels():
+        gradient = jax.jit(jax.grad(lambda arrays: loss(splash, arrays)))
+        ours = gradient((query, key, value))
+        text = gradient.lower((query, key, value)).compile().as_text()
+    plain = jax.jit(jax.grad(lambda arrays: loss(attend, arrays)))((query, key, value))
+    return {'difference': max(float(jnp.abs(a - b).max()) for a, b in zip(ours, plain)),
+            'size': float(jnp.abs(plain[0]).max()), 'layout': str(ours[0].sharding.spec),
+            'text': text}
+
+found = {}
+for name in sys.argv[1:]:
+    sizes = dict(zip(('data', 'fsdp', 'tensor'), map(int, name.split('x'))))
+    found[name] = programs(make_mesh(sizes))
+found['attention'] = attention(make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}))
+print(json.dumps(found))
+"""
+MESHES = ('8x1x1', '2x4x1', '2x2x2')  # data x fsdp x tensor
+PARTS = {'8x1x1': 8, '2x4x1': 8, '2x2x2': 4}  # of the batch
+COLLECTIVES = ('all-gather', 'all-to-all', 'all-reduce', 'reduce-scatter', 'collective-permute')
+
+
+@pytest.fixture(scope='module')
+def found():
+    environment = {
+        **os.environ,
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0',
+    }
+    done = subprocess.run(
+        [sys.executable, '-c', SCRIPT, *MESHES],
+        capture_output=True, text=True, env=environment, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def gathered(text):
+    """Shapes of what the program gathers: of every all-gather's result."""
+    return set(re.findall(r'= \(?\w+\[([\d,]*)\]\S* all-gather(?:-start)?\(', text))
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_features_need_no_word_between_devices(found, mesh):
+    text = found[mesh]['features']
+    assert f's16[{16 // PARTS[mesh]},24000]' in text  # it is split
+    assert not [name for name in COLLECTIVES if name in text]
+
+
+def test_the_front_end_of_replicated_parameters_needs_none_either(found):
+    assert not [name for name in COLLECTIVES if name in found['8x1x1']['front_end']]
+
+
+@pytest.mark.parametrize('mesh', ['2x4x1', '2x2x2'])
+def test_the_front_end_of_split_parameters_gathers_parameters_alone(found, mesh):
+    shapes = gathered(found[mesh]['front_end'])
+    assert shapes and 'all-to-all' not in found[mesh]['front_end']
+    assert shapes <= {'3,3,1,8', '8', '3,3,8,16', '20,16,32', '32'}
+
+
+def test_fused_attention_split_over_batch_and_heads_equals_plain_attention(found):
+    result = found['attention']
+    assert result['difference'] < 1e-5 * result['size']
+    assert result['layout'] == "PartitionSpec(('data', 'fsdp'), None, 'tensor', None)"
+
+
+def test_fused_attention_gathers_nothing(found):
+    assert not [name for name in COLLECTIVES if f' {name}(' in found['attention']['text']]
