@@ -5,9 +5,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import linen as nn
 
-from bigssl_jax.models import ConformerConfig, Encoder
+from bigssl_jax.models import ConformerConfig, Encoder, presets
+from bigssl_jax.parallel.cost import count_flops
 
 LAYERS, ROWS, FRAMES, WIDTH, HEADS, MULTIPLIER = 3, 2, 7, 16, 2, 5
 TINY = ConformerConfig(
@@ -67,3 +69,31 @@ def test_dots_keeps_the_input_and_every_product_with_weights():
 def test_none_keeps_the_scores_too():
     kept = kept_per_layer('none')
     assert kept[SCORES] >= 1 and kept[HIDDEN] > 2 and kept[FRAME] > 5
+
+
+def training_flops(name):
+    """Of XL's stack and its gradients, 8 utterances of 32 s."""
+    config = presets.conformer('XL', remat=name)
+    params, e, mask = abstract(config, 8, 800)
+
+    def loss(params, e):
+        return jnp.sum(Encoder(config).apply(params, e, mask, method='context'))
+
+    return count_flops(jax.grad(loss), params, e).total
+
+
+def test_recomputation_costs_what_is_said_of_it():
+    """Against the arithmetic of a layer's products, in units of 2 x frames x width^2."""
+    frames, width = 800, 1024
+    weights, scores = 23, 2 * frames / width
+    modules_end = 4 + 1 + 1 + 4  # with 'block', what these products give is kept
+    model = 3 * (weights + scores)  # the backward pass has two products for one of the forward
+    flops = {name: training_flops(name) for name in ('none', 'dots', 'block', 'full')}
+    found = {name: flops[name] / flops['none'] for name in ('dots', 'block', 'full')}
+    expected = {
+        'dots': 1 + scores / model,
+        'block': 1 + (weights + scores - modules_end) / model,
+        'full': 1 + 1 / 3,
+    }
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx({'dots': 1.02, 'block': 1.20, 'full': 1.33}, abs=0.01)

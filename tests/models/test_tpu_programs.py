@@ -17,6 +17,8 @@ import sys
 
 import pytest
 
+from bigssl_jax.parallel.hlo import parse
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
@@ -24,12 +26,11 @@ pytestmark = [
 pytest.importorskip('libtpu')
 
 SCRIPT = """
-import json, os, sys
-os.environ.update(JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1',
-                  TPU_ACCELERATOR_TYPE='v5litepod-16', TPU_WORKER_HOSTNAMES='localhost')
+import json
+from bigssl_jax.parallel.topologies import configure_ahead_of_time, topology, topology_devices
+configure_ahead_of_time()
 import jax, jax.numpy as jnp, numpy as np
 from flax import linen as nn
-from jax.experimental import topologies
 from bigssl_jax.audio import AudioConfig, frame_mask, log_mel, normalise
 from bigssl_jax.models import Encoder, presets
 from bigssl_jax.parallel import batch_sharding, logical_to_shardings, make_mesh, replicated
@@ -38,7 +39,7 @@ from bigssl_jax.stages import schema
 from bigssl_jax.stages.training_stage import make_trainer
 
 def tpus(name, **axes):
-    return make_mesh(axes, list(topologies.get_topology_desc(name, platform='tpu').devices))
+    return make_mesh(axes, topology_devices(topology(name)))
 
 def rows(mesh, shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
@@ -102,12 +103,12 @@ def front(mesh):
     return {'features': compiled(mesh, features, *arrays)['text'],
             'front_end': compiled(mesh, front_end, *arrays)['text']}
 
-mesh = tpus('v5e:2x2', fsdp=2, tensor=2)
+mesh = tpus('v5e-4', fsdp=2, tensor=2)
 print(json.dumps({
     'step': step(mesh),
     'plain': gradients(presets.conformer('XL', **SMALL), mesh, 4, 300),
     'G': gradients(presets.conformer('G', num_layers=2, attention='splash'), mesh, 8, 800),
-    'front': front(tpus('v5e:2x4', data=2, fsdp=4)),
+    'front': front(tpus('v5e-8', data=2, fsdp=4)),
 }))
 """
 
@@ -151,15 +152,23 @@ def test_two_layers_of_the_8b_model_fit_one_small_tpu(found):
 def test_bfloat16_blocks_have_no_float32_product(found):
     """Dense products are `convolution` or `dot` in TPU programs."""
     text = found['plain']['text']
-    products = re.findall(r'= (\w+)\[[^=]*? (?:dot|convolution)\((.*?)\)', text)
-    assert len(products) > 20
-    types = dict(re.findall(r'%?([\w.-]+) = \(?(\w+)\[', text))
-    operands = {types.get(o.strip().lstrip('%')) for _, given in products for o in given.split(',')}
-    assert operands == {'bf16'}
+    operands = [
+        [computation[name].arrays[0].dtype for name in instruction.operands]
+        for computation in parse(text).computations.values()
+        for instruction in computation.values()
+        if instruction.operation in ('dot', 'convolution')
+    ]
+    assert len(operands) > 30
+    assert {tuple(dtypes) for dtypes in operands} == {('bf16', 'bf16')}
 
 
 def test_the_front_end_gathers_nothing_but_parameters(found):
     assert 's16[2,48000]' in found['front']['features']  # it is split
     assert 'all-gather' not in found['front']['features']
-    shapes = re.findall(r'= \(?\w+\[([\d,]*)\]\S* all-gather', found['front']['front_end'])
-    assert set(shapes) <= {'20,32,512', '512'}
+    gathered = {
+        instruction.arrays[-1].shape
+        for computation in parse(found['front']['front_end']).computations.values()
+        for instruction in computation.values()
+        if instruction.operation.startswith('all-gather')
+    }
+    assert gathered <= {(20, 32, 512), (512,)}
