@@ -152,7 +152,15 @@ def per_shard(
     mesh = _mesh_of_trace('per_shard')
     if mesh is None or mesh.size == 1:
         return function(*arrays)
-    specs = tuple(resolve_axes(n, x.shape, mesh) for n, x in zip(names, arrays, strict=True))
+    # The gradient is summed over axes that a spec leaves out; over those of one device for nothing.
+    single = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] == 1)
+
+    def spec(names: Sequence[str | None], x: jax.Array) -> PartitionSpec:
+        first, *rest = resolve_axes(names, x.shape, mesh)
+        axes = first if isinstance(first, tuple) else (first,) if first else ()
+        return PartitionSpec((*axes, *single), *rest)
+
+    specs = tuple(spec(n, x) for n, x in zip(names, arrays, strict=True))
     # A kernel does not say along which axes its result varies: nothing there to check.
     split = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     return split(*arrays)

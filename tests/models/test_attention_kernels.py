@@ -1,7 +1,8 @@
 """Fused attention against plain attention: results, gradients, padding, and who refuses what.
 
-Splash runs in Pallas' interpreter here; that it compiles for TPUs is test_tpu_programs.py's
-matter. cuDNN's kernel needs a GPU: without one its arguments are checked through JAX's own twin.
+Splash runs in Pallas' interpreter here; a whole encoder with it, split over devices, is in
+test_eight_devices.py, and what TPUs get is in test_tpu_programs.py. cuDNN's kernel needs a GPU:
+without one its arguments are checked through JAX's own twin.
 """
 
 import dataclasses
@@ -11,12 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from bigssl_jax.config import ConfigError, UserError
 from bigssl_jax.models import ConformerConfig, Encoder, attention_kernels, parameter_count, presets
 from bigssl_jax.models.attention import attend
-from bigssl_jax.models.attention_kernels import interpreted_kernels
 from bigssl_jax.stages import schema
 
 TINY = ConformerConfig(
@@ -26,7 +25,6 @@ TINY = ConformerConfig(
     dropout=0.0,
     subsampling_channels=(3, 4),
     num_mels=8,
-    remat='full',
 )
 
 
@@ -112,32 +110,6 @@ def test_cudnn_equals_plain_attention_on_a_gpu(head_dim):
     arguments = heads(200, [200, 131, 1, 0], head_dim, 'bfloat16')
     ours = result_and_gradients(attention_kernels.cudnn, *arguments)
     assert_close(ours, result_and_gradients(attend, *arguments), 3e-2)
-
-
-def test_an_encoder_with_splash_equals_one_without():
-    """Rematerialised, with NaN in the padding and a row that is all padding."""
-    rng = np.random.default_rng(0)
-    mask = np.arange(90) < np.array([90, 41, 0])[:, None]
-    features = rng.normal(size=(3, 90, 8)).astype(np.float32)
-    params = nn.unbox(jax.jit(Encoder(TINY).init)(jax.random.key(0), features, mask))
-
-    def loss_and_gradients(attention, padding):
-        encoder = Encoder(dataclasses.replace(TINY, attention=attention))
-
-        @jax.jit
-        def run(params, features):
-            def loss(params):
-                frames, mask4 = encoder.apply(params, features, mask)
-                return jnp.mean(jnp.sin(frames) * mask4[..., None])
-
-            return jax.value_and_grad(loss)(params)
-
-        with interpreted_kernels():
-            return run(params, np.where(mask[..., None], features, np.float32(padding)))
-
-    ours, plain = loss_and_gradients('splash', np.nan), loss_and_gradients('plain', 0.0)
-    for a, b in zip(*map(jax.tree.leaves, (ours, plain)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_a_kernel_of_another_platform_is_one_clear_line_when_the_program_is_traced():
