@@ -14,6 +14,9 @@ exec 3>&1
 LAUNCH=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 REPOSITORY=$(dirname -- "$LAUNCH")
 STATE_ROOT=${BIGSSL_LAUNCH_STATE:-$REPOSITORY/.launch}
+# `make install` puts the program there; one that is active comes first.
+PATH=$PATH:$REPOSITORY/.venv/bin
+
 POLL_SECONDS=${BIGSSL_LAUNCH_POLL_SECONDS:-30}
 
 EXIT_USER_ERROR=2 # as the `bigssl` command: something the user can mend, said in one line
@@ -149,16 +152,17 @@ command_option() {
   done
 }
 
-# There is a command; if it is `bigssl run`, its config resolves here and now.
+# check_command [FOLDER]: there is a command; if it is `bigssl run`, its config resolves here and now.
+# It will run in FOLDER (default: the repository, as on the workers).
 check_command() {
+  local folder=${1:-$REPOSITORY} complaint
   [[ ${#COMMAND[@]} -gt 0 ]] ||
     die "what shall be run? After '--' write the command: -- bigssl run --config experiments/X.py --workdir DIR"
   [[ ${COMMAND[0]} == bigssl && ${COMMAND[1]-} == run ]] || return 0
   [[ $(command_option --workdir) ]] || die '--workdir is missing in the command to run'
-  local program=$REPOSITORY/.venv/bin/bigssl complaint
-  [[ -x $program ]] || program=$(command -v bigssl) ||
+  command -v bigssl >/dev/null ||
     die "the config cannot be checked: bigssl is not installed here; run 'make install' first"
-  complaint=$(cd -- "$REPOSITORY" && "$program" "${COMMAND[@]:1}" --check 2>&1 >/dev/null) ||
+  complaint=$(cd -- "$folder" && "${COMMAND[@]}" --check 2>&1 >/dev/null) ||
     die "the command would fail; nothing was started: ${complaint##*$'\n'}"
 }
 

@@ -147,7 +147,7 @@ main() {
     [[ $PORT -le 65535 ]] || die "--port $PORT: 65535 is the highest"
     [[ $DRY_RUN ]] || port_is_free "$PORT" || die "--port $PORT is in use; name another, or none"
   fi
-  check_command
+  check_command "$PWD"
   if [[ $DRY_RUN ]]; then
     local number
     local -a variables

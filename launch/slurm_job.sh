@@ -13,7 +13,6 @@ shift 3
 COMMAND=("$@")
 
 [[ ! -e $STATE/stopping ]] || exit "$EXIT_STOPPED"
-PATH=$REPOSITORY/.venv/bin:$PATH
 before=$(progress_of "$(command_option --workdir)")
 code=0
 # Once one process has ended the others have ten minutes: some still save when the first is through.

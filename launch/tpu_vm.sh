@@ -196,23 +196,26 @@ release() {
   step "${words[@]}"
 }
 
+# Fails when the TPU will not come.  A cloud that cannot be asked is asked again.
 wait_until_active() {
   local state previous='' deadline=0
   [[ $WAIT_MINUTES -eq 0 ]] || deadline=$((SECONDS + 60 * WAIT_MINUTES))
   while true; do
-    state=$(resource_state ACTIVE)
-    [[ $state == "$previous" ]] || report "$NAME: ${state:-unknown}"
+    state=$(resource_state ACTIVE) || state=unknown
+    [[ $state == "$previous" ]] || report "$NAME: ${state:-gone}"
     previous=$state
     case $state in
       ACTIVE) return ;;
-      FAILED | SUSPENDING | SUSPENDED | DELETING)
-        die "$NAME will not come (state $state); 'gcloud compute tpus queued-resources describe $NAME --zone=$ZONE' says why, 'tpu_vm.sh delete' clears it away"
-        ;;
+      '' | FAILED | SUSPENDING | SUSPENDED | DELETING) return 1 ;;
     esac
     [[ $deadline -eq 0 || $SECONDS -lt $deadline ]] ||
       die "$NAME is not there after $WAIT_MINUTES minutes; it stays in the queue ('wait' waits on, 'delete' withdraws it)"
     sleep "$POLL_SECONDS"
   done
+}
+
+will_not_come() {
+  die "$NAME will not come; 'gcloud compute tpus queued-resources describe $NAME --zone=$ZONE' says why, 'tpu_vm.sh delete --name $NAME' clears it away"
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -264,12 +267,12 @@ check_committed() {
 install_project() {
   local node archive=$STATE/source.tar.gz
   check_committed
-  step git -C "$REPOSITORY" archive --format=tar.gz --prefix=bigssl/ -o "$archive" HEAD
+  step git -C "$REPOSITORY" archive --format=tar.gz --prefix=bigssl/ -o "$archive" HEAD || return
   while read -r node; do
     step gcloud compute tpus tpu-vm scp "$archive" "$node:bigssl.tar.gz" \
-      "--zone=$ZONE" "--project=$PROJECT" --worker=all </dev/null
+      "--zone=$ZONE" "--project=$PROJECT" --worker=all </dev/null || return
   done < <(nodes)
-  on_workers tar -xzf bigssl.tar.gz
+  on_workers tar -xzf bigssl.tar.gz || return
   on_workers bash bigssl/launch/worker.sh install ${BUCKET:+"$BUCKET"}
 }
 
@@ -310,9 +313,13 @@ recreate() {
   [[ ! $state ]] || release
   request
   rm -f -- "$STATE/recreating"
-  wait_until_active
-  install_project
-  run
+  # Taken away again on the way there: the watch sees it.
+  wait_until_active || return 0
+  if ! { install_project && run; }; then
+    state=$(resource_state ACTIVE)
+    [[ $state != ACTIVE ]] ||
+      die "the project could not be installed on $NAME (see above); the TPU is there: 'install' and 'run', or 'delete'"
+  fi
 }
 
 restart() { # RECREATE OR run
@@ -386,7 +393,7 @@ main() {
       check_committed
       create
       still_there
-      wait_until_active
+      wait_until_active || will_not_come
       install_project
       run
       watch_run
@@ -403,7 +410,7 @@ still_there() {
   trap 'say "$NAME goes on without this script: watch, stop or delete it"; exit 130' INT
 }
 
-on_existing_wait() { wait_until_active; }
+on_existing_wait() { wait_until_active || will_not_come; }
 on_existing_install() { install_project; }
 on_existing_run() {
   check_run

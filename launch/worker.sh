@@ -58,9 +58,12 @@ mount_bucket() {
   gcsfuse --implicit-dirs "$bucket" "/mnt/$bucket"
 }
 
+boot() { cat /proc/sys/kernel/random/boot_id; }
+
+# The process is there, and is ours: after a restart of the machine its number may be another's.
 is_running() {
   local pid
-  [[ -f $RUN/pid ]] && pid=$(<"$RUN/pid") && kill -0 "$pid" 2>/dev/null
+  [[ -f $RUN/pid && $(<"$RUN/boot") == "$(boot)" ]] && pid=$(<"$RUN/pid") && kill -0 "$pid" 2>/dev/null
 }
 
 start() {
@@ -82,6 +85,7 @@ hold() {
   printf '%(%F %T)T starting: %s\n' -1 "$*"
   "$@" &
   pid=$!
+  boot >"$RUN/boot"
   printf '%s\n' "$pid" >"$RUN/pid.new"
   mv "$RUN/pid.new" "$RUN/pid"
   wait "$pid" || code=$?

@@ -89,13 +89,16 @@ class World:
             **more,
         }
 
-    def run(self, script: str, *words: str, **more: str) -> subprocess.CompletedProcess:
+    def run(
+        self, script: str, *words: str, folder: pathlib.Path | None = None, **more: str
+    ) -> subprocess.CompletedProcess:
         return subprocess.run(
             [str(self.folder / 'launch' / script), *words],
             capture_output=True,
             text=True,
             check=False,
             timeout=60,
+            cwd=folder,
             env=self.environment(**more),
         )
 

@@ -147,6 +147,21 @@ def test_bad_input(world):
     assert 'nothing was started' in world.refused('local.sh', *words)
 
 
+def test_the_config_is_checked_where_it_will_run(world):
+    folder = world.folder / 'elsewhere'
+    folder.mkdir()
+    bigssl = world.folder / '.venv' / 'bin' / 'bigssl'  # where `make install` puts it
+    bigssl.parent.mkdir(parents=True)
+    (world.folder / 'bin' / 'bigssl').unlink()
+    bigssl.write_text('#!/usr/bin/env bash\necho "$PWD ${*: -1}" >>"$HOME/heard"\n')
+    bigssl.chmod(0o755)
+    words = ['--processes', '1', '--', 'bigssl', 'run', '--config', 'c.py', '--workdir', 'w']
+    done = world.run('local.sh', *words, folder=folder)
+    assert done.returncode == 0, done.stderr
+    heard = (world.folder / 'home' / 'heard').read_text()
+    assert heard == f'{folder} --check\n{folder} w\n'
+
+
 def test_a_port_in_use(world):
     import socket
 

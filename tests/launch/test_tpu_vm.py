@@ -66,6 +66,34 @@ def test_after_a_preemption_everything_is_made_again(world):
     assert starts[0] == starts[1]
 
 
+def test_a_second_preemption_on_the_way_back(world):
+    """Once while it waits in the queue, once in the middle of installing."""
+    world.answer(
+        'gcloud',
+        LIST,
+        answers=['', 'ACTIVE']
+        + ['SUSPENDED', 'SUSPENDED', 'PROVISIONING', 'SUSPENDED']
+        + ['SUSPENDED', 'SUSPENDED', 'ACTIVE', 'SUSPENDED']
+        + ['SUSPENDED', 'SUSPENDED', 'ACTIVE'],
+    )
+    world.answer('gcloud', STATUS, answers=[1, 1, 1, 'ended 0'])
+    world.answer('gcloud', 'worker.sh install', answers=['', 1, ''])
+    done = world.run('tpu_vm.sh', 'up', *UP, *RUN)
+    assert done.returncode == 0, done.stderr
+    assert verbs(world) == ['create', 'copy', 'install', 'start'] + (
+        ['delete', 'create']
+        + ['delete', 'create', 'copy', 'install']
+        + ['delete', 'create', 'copy', 'install', 'start']
+    )
+
+
+def test_a_run_that_cannot_be_installed_is_not_started(world):
+    world.answer('gcloud', LIST, answers=['', 'ACTIVE'])
+    world.answer('gcloud', 'worker.sh install', answers=[1])
+    assert world.run('tpu_vm.sh', 'up', *UP, *RUN).returncode == 1
+    assert verbs(world) == ['create', 'copy', 'install']
+
+
 def test_a_lost_connection_is_not_a_preemption(world):
     world.answer('gcloud', LIST, answers=['', 'ACTIVE', 7, 7, 'ACTIVE'])
     world.answer('gcloud', STATUS, answers=[1, 1, 'running', 'ended 0'])

@@ -1,6 +1,6 @@
 """worker.sh for real, on this machine as the worker of a pod."""
 
-import os
+import pathlib
 import subprocess
 import time
 
@@ -69,13 +69,19 @@ def test_the_code_of_a_run_that_ends_by_itself(worker):
 
 
 def test_a_machine_that_was_restarted(worker, world):
+    """The number of its process may be another's now."""
+    another = subprocess.Popen(['sleep', '30'])
     folder = world.folder / 'home' / 'bigssl-run'
     folder.mkdir()
-    process = subprocess.Popen(['true'])
-    process.wait()
-    (folder / 'pid').write_text(f'{process.pid}\n')
-    assert not os.path.exists(f'/proc/{process.pid}')
+    (folder / 'pid').write_text(f'{another.pid}\n')
+    (folder / 'boot').write_text(pathlib.Path('/proc/sys/kernel/random/boot_id').read_text())
+    assert worker('status').stdout == 'running\n'
+    (folder / 'boot').write_text('another\n')
     assert worker('status').stdout == 'ended 137\n'
+    assert worker('stop', '1').stdout == 'ended 137\n'
+    assert another.poll() is None
+    another.kill()
+    another.wait()
 
 
 def test_install_makes_an_environment_at_the_locked_versions(worker, world):
