@@ -207,6 +207,9 @@ def _window_pairs(
 class Roofline:
     """Seconds that each resource of one device is busy in one step, at its full rate.
 
+    `compute` and `dcn` are least times.  `hbm` is as good as its bytes, an estimate; `ici` is the
+    least time if the collectives are rings and those of different axes do not overlap.
+
     Attributes:
       compute: products in the matrix unit.
       hbm: traffic of the main memory.
@@ -221,7 +224,7 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """The busiest resource: the step takes at least so long if all else overlaps."""
+        """The busiest resource: what the step takes if everything overlaps."""
         return max(dataclasses.astuple(self))
 
     @property

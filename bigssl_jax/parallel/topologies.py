@@ -374,5 +374,6 @@ def configure_ahead_of_time() -> None:
         TPU_ACCELERATOR_TYPE='v5litepod-16',
         TPU_WORKER_HOSTNAMES='localhost',
     )
+    os.environ.setdefault('TPU_LOG_DIR', 'disabled')  # else a file in /tmp for every process
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     use_cpu()
