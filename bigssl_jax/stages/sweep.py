@@ -38,9 +38,15 @@ LOCK = '.sweep.lock'
 def make_job(run: Run, workdir: pathlib.Path, launcher: str, at_work: bool) -> Job:
     """The run as a job in the state that its folder says; `at_work`: a sweep is, in `workdir`."""
     directory = workdir / run.name
+    values = {
+        'name': run.name,
+        'job': f'run-{run.name.split("-")[0]}-{run.hash[:8]}',
+        'workdir': str(directory.absolute()),
+        'log': str(directory.absolute() / 'job.txt'),
+    }
     job = Job(
         name=run.name,
-        words=launch_words(launcher, run.name, directory, run.command(directory.absolute())),
+        words=launch_words(launcher, run.command(directory.absolute()), values),
         directory=directory,
         audio_seconds=3600 * audio_hours(run.config),
     )
@@ -63,26 +69,22 @@ def is_finished(directory: pathlib.Path) -> bool:
     return (directory / 'config.json').exists() and read_run(directory).finished
 
 
-def launch_words(
-    launcher: str, name: str, directory: pathlib.Path, command: Sequence[str]
-) -> list[str]:
+def launch_words(launcher: str, command: Sequence[str], values: Mapping[str, str]) -> list[str]:
     """A command, or the words of `--launcher` around it; no shell reads them.
 
-    `{command}` as a word of its own becomes the words of the command; within a word, as in
-    `--wrap={command}`, one text that a shell would read as those words.  `{name}`, `{workdir}` and
-    `{log}`, a file in it, are the run's.
+    Args:
+      launcher: `{command}` as a word of its own becomes the words of the command; within a word, as
+        in `--wrap={command}`, one text that a shell would read as those words.  '' is the command.
+      command: its words.
+      values: what other placeholders stand for: `{name}`, `{job}` (lower-case letters, digits and
+        '-' only), `{workdir}`, `{log}`.
 
     Raises:
       UserError: unbalanced quotes, no or an unknown placeholder.
     """
     if not launcher:
         return list(command)
-    values = {
-        'name': name,
-        'workdir': str(directory.absolute()),
-        'log': str(directory.absolute() / 'job.txt'),
-        'command': shlex.join(command),
-    }
+    values = {**values, 'command': shlex.join(command)}
     words: list[str] = []
     try:
         for word in shlex.split(launcher):

@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -69,22 +70,24 @@ def states(result: dict) -> dict[str, str]:
 # launchers
 
 
+VALUES = {'name': '007-x_0.1', 'job': 'run-007-1f', 'workdir': '/w/7', 'log': '/w/7/job.txt'}
+
+
 def test_no_shell_reads_the_words_of_a_launcher():
-    words = launch_words('sbatch --job-name={name} -o {log} run.sh {command}', '007-x',
-                         pathlib.Path('/w/007-x'), COMMAND)  # fmt: skip
-    assert words == ['sbatch', '--job-name=007-x', '-o', '/w/007-x/job.txt', 'run.sh', *COMMAND]
-    wrapped = launch_words("submit --wrap='cd {workdir} && {command}'", '0', pathlib.Path('/w/0'),
-                           COMMAND)  # fmt: skip
+    launcher = 'sbatch --job-name={name} -o {log} run.sh {job} {command}'
+    words = ['sbatch', '--job-name=007-x_0.1', '-o', '/w/7/job.txt', 'run.sh', 'run-007-1f']
+    assert launch_words(launcher, COMMAND, VALUES) == [*words, *COMMAND]
+    wrapped = launch_words("submit --wrap='cd {workdir} && {command}'", COMMAND, VALUES)
     assert wrapped[:1] == ['submit']
-    assert shlex.split(wrapped[1]) == ['--wrap=cd', '/w/0', '&&', *COMMAND]
-    assert launch_words('', '0', pathlib.Path('w'), COMMAND) == COMMAND
+    assert shlex.split(wrapped[1]) == ['--wrap=cd', '/w/7', '&&', *COMMAND]
+    assert launch_words('', COMMAND, VALUES) == COMMAND
 
 
-def test_a_command_within_a_word_survives_a_real_shell(tmp_path):
+def test_a_command_within_a_word_survives_a_real_shell():
     command = [sys.executable, '-S', '-c', 'import sys; print(ascii(sys.argv[1:]))', *COMMAND[3:]]
-    words = launch_words('sh -c {command}', '0', tmp_path, command)
+    words = launch_words('sh -c {command}', command, VALUES)
     assert words == ['sh', '-c', *command]  # a word of its own stays words
-    words = launch_words("sh -c 'exec {command}'", '0', tmp_path, command)
+    words = launch_words("sh -c 'exec {command}'", command, VALUES)
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout == ascii(COMMAND[3:]) + '\n'
 
@@ -102,7 +105,7 @@ def test_a_command_within_a_word_survives_a_real_shell(tmp_path):
 )
 def test_a_bad_launcher_is_one_line(launcher, told):
     with pytest.raises(UserError) as error:
-        launch_words(launcher, '0', pathlib.Path('w'), COMMAND)
+        launch_words(launcher, COMMAND, VALUES)
     assert told in str(error.value)
 
 
@@ -184,6 +187,20 @@ def test_a_misspelt_metric_loses_no_result(files):
         stub_sweep(files, metrics=['test.studnt.wer'])
     written = json.loads((files / 'runs' / 'sweep.json').read_text())
     assert {run['state'] for run in written['runs']} == {'done'}
+
+
+def test_every_run_has_a_job_name_that_schedulers_take(files):
+    launcher = f'{sys.executable} -S -c "import sys; print(sys.argv[1])" {{job}} {{command}}'
+    folder = files / 'runs'
+    result = sweep_command(TONES, str(files / 'six.py'), [], str(folder), launcher=launcher, jobs=3)
+    assert result['states'] == {'submitted': 6}
+    jobs = [(folder / run['name'] / 'log.txt').read_text().split()[-1] for run in result['runs']]
+    assert len(set(jobs)) == 6
+    assert all(re.fullmatch(r'[a-z]([-a-z0-9]{0,38}[a-z0-9])?', job) for job in jobs)
+    # Submitted ones are not submitted twice.
+    sweep_command(TONES, str(files / 'six.py'), [], str(folder), launcher=launcher)
+    logs = [(folder / run['name'] / 'log.txt').read_text() for run in result['runs']]
+    assert all(log.count('attempt') == 1 for log in logs)
 
 
 def test_one_sweep_at_a_time_works_in_a_folder(files):
