@@ -133,7 +133,10 @@ product_float32.defvjp(_product_forward, _product_backward)
 class Dense(nn.Module):
     """x [B, T, *inputs] -> [B, T, *outputs] through one kernel and a bias.
 
-    `axes` names the kernel's axes, inputs first; the last len(outputs) of them name the bias.
+    `axes` names the kernel's axes, inputs first; the last len(outputs) of them name the bias.  The
+    kernel is stored with its 'embed' axis in front, be it input or output: that is the axis which
+    fsdp splits, and the TPU compiler turns the sum of a gradient into a reduce-scatter dependably
+    only along the outermost one.
     """
 
     outputs: tuple[int, ...]
@@ -144,11 +147,16 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         num_in = len(self.axes) - len(self.outputs)
-        shape = (*x.shape[x.ndim - num_in :], *self.outputs)
-        init = glorot(range(num_in), range(num_in, len(shape)))
-        kernel = stored(self.param('kernel', named(init, *self.axes), shape), self.axes, self.dtype)
-        contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (contract, ((), ())))
+        sizes = (*x.shape[x.ndim - num_in :], *self.outputs)
+        order = sorted(range(len(sizes)), key=lambda axis: self.axes[axis] != 'embed')
+        stored_at = [order.index(axis) for axis in range(len(sizes))]
+        names = tuple(self.axes[axis] for axis in order)
+        init = named(glorot(stored_at[:num_in], stored_at[num_in:]), *names)
+        kernel = self.param('kernel', init, tuple(sizes[axis] for axis in order))
+        contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(stored_at[:num_in]))
+        y = jax.lax.dot_general(
+            x.astype(self.dtype), stored(kernel, names, self.dtype), (contract, ((), ()))
+        )
         if self.use_bias:
             axes = self.axes[num_in:]
             bias = self.param('bias', named(nn.initializers.zeros, *axes), self.outputs)

@@ -91,13 +91,16 @@ def collectives(compiled_text: str, mesh: Any) -> list[Collective]:
     program = hlo.parse(compiled_text)
     counts = hlo.execution_counts(program)
     fusions = hlo.fusions(program)
-    found: dict[tuple[str, ...], Collective] = {}
+    found: dict[tuple[Any, ...], Collective] = {}
     for name, computation in program.computations.items():
         for instruction in computation.values():
             channel = re.search(r'channel_id=(\d+)', instruction.attributes)
             where, outer = fusions.get(name, (name, instruction))
-            # Parts of one asynchronous collective: same channel, fused into the same computation.
-            key = (channel[1] if channel and name in fusions else instruction.name, where)
+            # Parts of one asynchronous collective: same channel and arrays, fused into the same
+            # computation.  The channel alone will not do: combined collectives may share it.
+            key: tuple[Any, ...] = (instruction.name, where)
+            if channel and name in fusions:
+                key = (channel[1], instruction.arrays, where)
             if key in found or not counts.get(name):
                 continue
             operation = instruction.operation.removesuffix('-start')

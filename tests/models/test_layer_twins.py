@@ -119,8 +119,8 @@ def test_relative_attention_equals_transformer_xl_by_loops():
                     scores.append((a + bb + c + d) / np.sqrt(width))
                 weights = np.exp(np.array(scores) - max(scores))
                 attended[b, t, h] = weights @ value[b, real, h] / weights.sum()
-    kernel = p['output']['kernel'].reshape(heads, width, size)
-    expected = np.einsum('bthk,hkd->btd', attended, kernel) + p['output']['bias']
+    kernel = p['output']['kernel'].reshape(size, heads, width)
+    expected = np.einsum('bthk,dhk->btd', attended, kernel) + p['output']['bias']
     np.testing.assert_allclose(np.asarray(out)[mask], expected[mask], atol=2e-4)
 
 
