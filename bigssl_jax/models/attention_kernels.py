@@ -5,7 +5,7 @@ kernel goes over the keys in blocks that stay on the chip, keeps a running maxim
 sum of the softmax (float32), and recomputes the scores in the backward pass.
 
     name     platform   takes
-    splash   TPU        any head dimension (G's 192 too), any mask
+    splash   TPU (v4+)  any head dimension (G's 192 too), any mask
     cudnn    GPU        bfloat16, head dimension a multiple of 8 up to 128 (256 on Hopper and later)
 
 Neither takes relative positions: their term is one number per query, key and head, which is the

@@ -7,6 +7,7 @@ batch, parameters and heads, and prints what was found in the compiled programs:
   plain    the encoder and its gradients, plain attention: shows that the searches find something
   G        two layers of the 8B model (width 3072, head dimension 192), splash, and gradients
   front    log-mel, normalisation and subsampling on eight chips
+  kernels  splash attention alone, for other head dimensions, chips and dtypes
 """
 
 import json
@@ -33,7 +34,7 @@ configure_ahead_of_time()
 import jax, jax.numpy as jnp, numpy as np
 from flax import linen as nn
 from bigssl_jax.audio import AudioConfig, frame_mask, log_mel, normalise
-from bigssl_jax.models import Encoder, presets
+from bigssl_jax.models import Encoder, attention_kernels, presets
 from bigssl_jax.parallel import batch_sharding, logical_to_shardings, make_mesh, replicated
 from bigssl_jax.parallel import use_mesh
 from bigssl_jax.stages import schema
@@ -104,12 +105,26 @@ def front(mesh):
     return {'features': compiled(mesh, features, *arrays)['text'],
             'front_end': compiled(mesh, front_end, *arrays)['text']}
 
+def kernels(name, head_dim, dtype):
+    mesh = tpus(name, data=-1)
+    heads = rows(mesh, (mesh.size, 300, 4, head_dim), dtype)
+    mask = rows(mesh, (mesh.size, 300), bool)
+    def loss(heads, mask):
+        attended = attention_kernels.fused_attend('splash', *heads, mask)
+        return jnp.sum(attended.astype(jnp.float32))
+    text = compiled(mesh, jax.grad(loss), (heads, heads, heads), mask)['text']
+    return text.count('custom_call_target="tpu_custom_call"')
+
 mesh = tpus('v5e-4', fsdp=2, tensor=2)
 print(json.dumps({
     'step': step(mesh),
     'plain': gradients(presets.conformer('XL', **SMALL), mesh, 4, 300),
     'G': gradients(presets.conformer('G', num_layers=2, attention='splash'), mesh, 8, 800),
     'front': front(tpus('v5e-8', data=2, fsdp=4)),
+    'kernels': {str(case): kernels(*case) for case in (
+        ('v5e-4', 36, 'bfloat16'), ('v5e-4', 96, 'bfloat16'), ('v5e-4', 192, 'float32'),
+        ('v4-8', 192, 'bfloat16'), ('v5p-8', 192, 'bfloat16'), ('v6e-4', 192, 'bfloat16'),
+        ('tpu7x-8', 192, 'bfloat16'))},
 }))
 """
 
@@ -173,3 +188,8 @@ def test_the_front_end_gathers_nothing_but_parameters(found):
         if instruction.operation.startswith('all-gather')
     }
     assert gathered <= {20 * 32 * 512, 512}  # the projection and its bias, of 4.2 M features
+
+
+def test_splash_compiles_for_all_head_dimensions_and_chips(found):
+    """Three kernels each: forward, and backward for the query and for key and value."""
+    assert len(found['kernels']) == 7 and set(found['kernels'].values()) == {3}
