@@ -51,18 +51,11 @@ free_port() {
 
 # environment NUMBER PORT: what makes a process one of several.
 environment() {
-  local cores share
   variables=(
     "BIGSSL_COORDINATOR=127.0.0.1:$2"
     "BIGSSL_NUM_PROCESSES=$PROCESSES"
     "BIGSSL_PROCESS_ID=$1"
   )
-  if [[ ${XLA_FLAGS-} != *--xla_force_host_platform_device_count* ]]; then
-    # On a CPU a process asks for one device per core: they share the cores of this machine.
-    cores=$(nproc)
-    share=$((cores > PROCESSES ? cores / PROCESSES : 1))
-    variables+=("XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$share")
-  fi
 }
 
 pass_on() {

@@ -86,7 +86,7 @@ CASES = {
 def test_a_dry_run_prints_the_committed_text(world, name):
     script, *words = CASES[name]
     words.insert(words.index('--'), '--dry-run')
-    done = world.run(script, *words, XLA_FLAGS='--xla_force_host_platform_device_count=1')
+    done = world.run(script, *words)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ''
     text = world.normalised(done.stdout)

@@ -135,6 +135,38 @@ def test_nothing_is_left_running(local, tmp_path):
     assert [pid for pid in pids if pathlib.Path('/proc', pid).exists()] == []
 
 
+# Each process gives its number plus one; the sum over all is known to each.
+SUM = """
+import os
+import jax, jax.numpy as jnp, numpy as np
+jax.distributed.initialize(
+    os.environ['BIGSSL_COORDINATOR'],
+    int(os.environ['BIGSSL_NUM_PROCESSES']),
+    int(os.environ['BIGSSL_PROCESS_ID']),
+)
+mesh = jax.make_mesh((2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+spec = jax.sharding.PartitionSpec('data')
+mine = np.array([jax.process_index() + 1.0], np.float32)
+array = jax.make_array_from_process_local_data(jax.sharding.NamedSharding(mesh, spec), mine)
+add = jax.shard_map(
+    lambda x: jax.lax.psum(x, 'data'),
+    mesh=mesh, in_specs=spec, out_specs=jax.sharding.PartitionSpec(),
+)
+print(jax.process_index(), 'of', jax.process_count(), 'sum', float(jax.jit(add)(array)[0]))
+"""
+
+
+def test_jax_processes_find_each_other_and_add(world):
+    variables = ('JAX_PLATFORMS', 'JAX_COMPILATION_CACHE_DIR')
+    done = world.run(
+        *['local.sh', '--processes', '2', '--', sys.executable, '-c', SUM],
+        **{name: os.environ[name] for name in variables},
+    )
+    assert done.returncode == 0, done.stdout
+    said = [line for line in done.stdout.splitlines() if 'sum' in line]
+    assert sorted(said) == ['[0] 0 of 2 sum 3.0', '[1] 1 of 2 sum 3.0']
+
+
 def test_bad_input(world):
     message = world.refused('local.sh', '--processes', 'two', '--', 'true')
     assert message.startswith('--processes two: a whole number')
