@@ -170,9 +170,15 @@ def _add_config(verb: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
+    from bigssl_jax.config import ConfigError
     from bigssl_jax.parallel.startup import configure_platform
 
     configure_platform()
+    if '://' in options.workdir:
+        raise ConfigError(
+            f'--workdir {options.workdir!r} is no folder; mount the bucket (gcsfuse) and name the'
+            ' folder where it is mounted'
+        )
     if options.check:
         return _check_run(options)
     from bigssl_jax.evaluation.report import write_report

@@ -171,7 +171,7 @@ check_shared_workdir() {
   local workdir
   [[ ${COMMAND[0]} == bigssl && ${COMMAND[1]-} == run ]] || return 0
   workdir=$(command_option --workdir)
-  [[ $workdir == gs://?* || $workdir == /?* ]] ||
+  [[ $workdir == /?* ]] ||
     die "--workdir $(quoted "$workdir") would lie on each worker's own disk; give --bucket B and /mnt/B/..."
   [[ $workdir != /mnt/* || $workdir == "/mnt/${BUCKET:-?}/"* ]] ||
     die "--workdir $(quoted "$workdir"): no such bucket is mounted; give --bucket B and /mnt/B/..."

@@ -289,7 +289,7 @@ def test_check_resolves_and_touches_nothing(experiment, tmp_path, capsys):
     assert other['config_hash'] != checked['config_hash']  # the seed is part of it
 
 
-@pytest.mark.parametrize('wrong', ['--config.sed=3', '--stages=teachr'])
+@pytest.mark.parametrize('wrong', ['--config.sed=3', '--stages=teachr', '--workdir=gs://b/x'])
 def test_check_refuses_what_a_run_would_refuse(experiment, tmp_path, capsys, wrong):
     words = ['run', '--config', str(experiment), '--workdir', str(tmp_path / 'w'), '--check']
     assert cli.main([*words, wrong]) == 2

@@ -27,7 +27,7 @@ CASES = {
             '--runtime-version',
             'tpu-ubuntu2204-base',
         ]
-        + [*BIGSSL, 'gs://my-bucket/x']
+        + [*BIGSSL, '/shared/x']
     ),
     'gke': (
         ['gke.sh', 'run', '--name', 'pod', '--topology', 'v5e-256', '--image', 'registry/bigssl:1']
@@ -46,11 +46,11 @@ CASES = {
         ]
         + ['--namespace', 'speech', '--context', 'c', '--service-account', 'trainer', '--spot']
         + ['--env', 'A=$(B) "q"', '--env', 'EMPTY=', '--max-restarts', '7', '--grace-seconds', '60']
-        + [*BIGSSL, 'gs://my-bucket/x']
+        + [*BIGSSL, '/shared/x']
     ),
     'gke_reservation': (
         ['gke.sh', 'run', '--name', 'pod', '--topology', 'v5p-128', '--image', 'registry/bigssl:1']
-        + ['--reservation', 'mine', *BIGSSL, 'gs://my-bucket/x']
+        + ['--reservation', 'mine', *BIGSSL, '/shared/x']
     ),
     'xpk': (
         [
@@ -64,7 +64,7 @@ CASES = {
             'registry/bigssl:1',
         ]
         + ['--xpk', '--cluster', 'c', '--zone', 'us-west4-a', '--env', 'A=b c']
-        + [*BIGSSL, 'gs://my-bucket/x', *AWKWARD]
+        + [*BIGSSL, '/shared/x', *AWKWARD]
     ),
     'slurm': (
         ['slurm.sh', 'run', '--name', 'gpus', '--nodes', '4', '--gpus-per-node', '8', '--time']

@@ -276,7 +276,7 @@ def test_a_config_typo(world):
     assert world.calls('gcloud') == []
 
 
-@pytest.mark.parametrize('workdir', ['runs/x', '/mnt/other/x', 'gs://'])
+@pytest.mark.parametrize('workdir', ['runs/x', '/mnt/other/x', 'gs://bkt/x'])
 def test_a_workdir_that_the_workers_do_not_share(world, workdir):
     assert '--workdir' in world.refused('tpu_vm.sh', 'up', *UP, *RUN[:-1], workdir)
 
