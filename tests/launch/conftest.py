@@ -97,7 +97,7 @@ class World:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=250,
             cwd=folder,
             env=self.environment(**more),
         )
@@ -124,8 +124,22 @@ class World:
         return text.replace(str(self.folder), 'REPOSITORY')
 
 
+@pytest.fixture(scope='session')
+def commit(tmp_path_factory) -> pathlib.Path:
+    """The .git folder of a repository with one commit."""
+    folder = tmp_path_factory.mktemp('repository')
+    names = [f'GIT_{who}_{what}' for who in ('AUTHOR', 'COMMITTER') for what in ('NAME', 'EMAIL')]
+    for words in (['init', '-q', '--template='], ['commit', '-q', '--allow-empty', '-m', 'all']):
+        subprocess.run(
+            ['git', '-C', str(folder), *words],
+            check=True,
+            env={**os.environ, **dict.fromkeys(names, 'a')},
+        )
+    return folder / '.git'
+
+
 @pytest.fixture
-def world(tmp_path) -> World:
+def world(tmp_path, commit) -> World:
     """A repository of one commit with the launchers in it, and a cloud that grants everything."""
     for name in ('bin', 'tools', 'home'):
         (tmp_path / name).mkdir()
@@ -133,6 +147,8 @@ def world(tmp_path) -> World:
         path = shutil.which(tool)
         assert path, f'{tool} is not installed'
         (tmp_path / 'tools' / tool).symlink_to(path)
+    shutil.copytree(commit, tmp_path / '.git')
+    (tmp_path / '.gitignore').write_text('*\n')
     shutil.copytree(ROOT / 'launch', tmp_path / 'launch')
     world = World(tmp_path)
     world.install('gcloud', 'kubectl', 'xpk', 'sbatch', 'squeue', 'scancel', 'scontrol', 'bigssl')
@@ -145,12 +161,4 @@ def world(tmp_path) -> World:
     world.answer('kubectl', 'customresourcedefinition', answers=['jobsets'])
     world.answer('sbatch', answers=['4711'])
     world.answer('squeue', answers=['RUNNING'])
-    identity = {
-        f'GIT_{who}_{what}': 'a' for who in ('AUTHOR', 'COMMITTER') for what in ('NAME', 'EMAIL')
-    }
-    (tmp_path / '.gitignore').write_text('*\n')
-    for words in (['init', '-q'], ['commit', '-q', '--allow-empty', '-m', 'all']):
-        subprocess.run(
-            ['git', '-C', str(tmp_path), *words], check=True, env={**os.environ, **identity}
-        )
     return world
