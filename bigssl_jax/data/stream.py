@@ -38,6 +38,7 @@ from bigssl_jax.data.errors import DataError
 from bigssl_jax.data.order import ORDER_VERSION, SEGMENT_SIZE, Order
 from bigssl_jax.data.plan import Members, PassPlan, StreamPlan
 from bigssl_jax.data.sources import SOURCE_DEFAULTS, Source, open_source
+from bigssl_jax.data.tensorflow_start import tensorflow
 from bigssl_jax.data.text import check_normaliser
 from bigssl_jax.data.tokenizer import Tokenizer
 
@@ -143,6 +144,7 @@ def _expand(name: str, spec: Any, rates: str) -> dict[str, Any]:
     spec = config_lib.merge(f'stream.sources.{name}', SOURCE_DEFAULTS, spec)
     if spec['task'] is None:
         return {name: spec}
+    tensorflow()
     from bigssl_jax.data import tasks
 
     return tasks.expand(name, spec, rates)
@@ -420,9 +422,7 @@ class BatchIterator(Iterator[Batch]):
     """Batches in order, read ahead in threads; a context manager. Made by `Stream.batches`."""
 
     def __init__(self, source: Stream, start: int, prefetch: int, threads: int):
-        from bigssl_jax.data import tf_reader
-
-        tf_reader.tensorflow()  # imported here once, not by several threads at a time
+        tensorflow()  # imported here once, not by several threads at a time
         self._stream, self._next = source, int(start)
         self._end = source.num_batches
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, 'bigssl-batches')

@@ -22,6 +22,7 @@ from bigssl_jax.config import ConfigError
 from bigssl_jax.data import tf_reader
 from bigssl_jax.data.order import derive_key, permute
 from bigssl_jax.data.sources import SOURCE_DEFAULTS, Source, open_source
+from bigssl_jax.data.tensorflow_start import tensorflow
 from bigssl_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 _SHUFFLE = 0x73687566666C65  # keeps this order apart from the orders of streams
@@ -68,7 +69,7 @@ class PlanSource(seqio.DataSource):
         shard_info: seqio.ShardInfo | None = None,
     ) -> Any:
         """One epoch as a tf.data.Dataset. Every shard of `shard_info` takes every n-th element."""
-        tf = tf_reader.tensorflow()
+        tf = tensorflow()
         if split not in self.splits:
             raise ConfigError(f'task {self.name!r} has no split {split!r}: its selection is all')
         source, rows = self.opened, np.arange(len(self.opened))

@@ -7,24 +7,11 @@ and nothing that could hang when the process exits.
 """
 
 import functools
-import os
 
 import numpy as np
 
 from bigssl_jax.data.errors import DataError
-
-
-@functools.lru_cache(maxsize=1)
-def tensorflow():
-    """The tensorflow module, kept off the accelerators, which belong to JAX."""
-    # Its start-up remarks on CUDA and oneDNN are of no use to a reader of files.
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-    import tensorflow as tf
-
-    for kind in ('GPU', 'TPU'):
-        tf.config.set_visible_devices([], kind)
-    return tf
+from bigssl_jax.data.tensorflow_start import tensorflow
 
 
 def record_dataset(path, offset):

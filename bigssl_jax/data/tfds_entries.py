@@ -19,6 +19,7 @@ import numpy as np
 
 from bigssl_jax.data.errors import DataError
 from bigssl_jax.data.manifest import Entry
+from bigssl_jax.data.tensorflow_start import tensorflow
 
 FEATURES = {
     'audio': ('audio', 'speech'),
@@ -42,6 +43,7 @@ def entries_from_tfds(name: str, data_dir: str | None = None) -> TfdsEntries:
 
     Raises DataError for an unknown builder, a failed build, or features that hold no speech.
     """
+    tensorflow()
     import tensorflow_datasets as tfds
 
     if name.split('/')[0].split(':')[0] == 'open_voices':

@@ -21,6 +21,7 @@ import numpy as np
 import sentencepiece
 
 from bigssl_jax.data.errors import DataError
+from bigssl_jax.data.tensorflow_start import tensorflow
 from bigssl_jax.data.text import check_normaliser, is_spoken, normalise_text
 
 MODEL_TYPES = ('char', 'unigram', 'bpe')
@@ -157,6 +158,7 @@ def train_tokenizer(
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
     """The same model as a `seqio.SentencePieceVocabulary` (imports seqio and TensorFlow)."""
+    tensorflow()
     import seqio
 
     Tokenizer(path)  # our own checks and messages first

@@ -113,13 +113,14 @@ def train(
         state = checkpointer.restore(start, abstract_state)
     if start >= settings.steps:
         return state
-    log = MetricLog(run.directory, start, tensorboard)
     window = Window(run, settings, start)
     saved_at = time.monotonic()
     with contextlib.ExitStack() as stack:
-        stack.callback(log.close)
         stack.enter_context(use_mesh(run.mesh))
         sources = {n: stack.enter_context(s.batches(start)) for n, s in run.streams.items()}
+        # After the streams: they keep TensorFlow off the accelerators, which TensorBoard would not.
+        log = MetricLog(run.directory, start, tensorboard)
+        stack.callback(log.close)
         for step in range(start, settings.steps):
             waited = time.monotonic()
             batches = {name: next(source) for name, source in sources.items()}

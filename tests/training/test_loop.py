@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from bigssl_jax.parallel import make_mesh
+from bigssl_jax.training import loop
 from bigssl_jax.training.checkpoint import Checkpointer, tree_hash
 from bigssl_jax.training.loop import LoopSettings, Run, TrainingFailed, train
 from bigssl_jax.training.optimizers import GROUP_DEFAULTS, make_optimizer, make_schedules
@@ -201,6 +202,26 @@ def test_dev_metrics_appear_every_eval_every_steps_and_at_the_end(tmp_path):
         10: 10,
         12: 12,
     }
+
+
+def test_the_log_opens_after_the_streams_that_keep_tensorflow_off_the_accelerators(
+    tmp_path, monkeypatch
+):
+    opened = []
+
+    class Watched(Toy):
+        def batches(self, start):
+            opened.append('stream')
+            return super().batches(start)
+
+    class Log(loop.MetricLog):
+        def __init__(self, *arguments):
+            opened.append('log')
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(loop, 'MetricLog', Log)
+    go(tmp_path / 'a', Watched(), dataclasses.replace(SETTINGS, steps=1))
+    assert opened == ['stream', 'log']
 
 
 def test_time_passed_saves_between_the_steps_that_save(tmp_path):
