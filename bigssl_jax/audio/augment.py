@@ -45,8 +45,17 @@ class SpeedConfig:
     half_taps: int = 12
 
     def __post_init__(self) -> None:
-        if not self.percents or any(not 50 <= p <= 200 for p in self.percents):
-            raise ConfigError(f'speed.percents is {self.percents}; give whole numbers in 50..200')
+        whole = all(type(p) is int and 50 <= p <= 200 for p in self.percents)
+        if not self.percents or not whole:
+            raise ConfigError(
+                f'speed_perturb.percents is {self.percents}; give whole numbers in 50..200'
+            )
+        if self.half_taps < 1:
+            raise ConfigError(f'speed_perturb.half_taps is {self.half_taps}; it must be >= 1')
+
+    def room(self, samples: int) -> int:
+        """Samples that a buffer needs so that the slowest version of `samples` fits."""
+        return -(-samples * 100 // min(self.percents))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,21 +119,21 @@ def _hidden(
 def speed_perturb(
     waveform: jax.Array, sample_counts: jax.Array, keys: jax.Array, config: SpeedConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Resamples every row by a random factor inside its buffer: same shape, new counts.
+    """Resamples every row by a random factor: new counts, in a buffer that holds the slowest.
 
     Args:
         waveform: [B, S] int16 or float32; samples after the count are ignored.
         sample_counts: int32 [B]. keys: [B].
     Returns:
-        float32 [B, S], zero after the new count; int32 [B] new counts, floor(count 100 / p)
-        but at most S: **a slowed utterance that outgrows its buffer loses its end**, so give
-        the buffer room when transcripts are aligned to the whole.
+        float32 [B, config.room(S)], zero after the new count; int32 [B] new counts,
+        floor(count 100 / p). A buffer of S samples would cut the end off a slowed utterance that
+        fills it, and the transcript would no longer be that of the audio.
 
     Sample i is read at position i p / 100, held exactly as whole part and remainder (a float32
     position would be off by 1/32 sample after 30 s), through a Hann-windowed sinc that also
     cuts what would alias when speeding up.
     """
-    size = waveform.shape[1]
+    size, room = waveform.shape[1], config.room(waveform.shape[1])
     percents = jnp.asarray(config.percents, jnp.int32)
     choice = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(config.percents)))(keys)
     filters = jnp.asarray(_sinc_filters(config))
@@ -133,15 +142,15 @@ def speed_perturb(
 
     def resample(row: jax.Array, pick: jax.Array) -> jax.Array:
         padded = jnp.pad(row, config.half_taps)
-        position = jnp.arange(size) * percents[pick]
+        position = jnp.arange(room) * percents[pick]
         base, phase = position // 100, position % 100
         offsets = jnp.arange(1 - config.half_taps, config.half_taps + 1)
         taps = padded[base[:, None] + offsets + config.half_taps]
         return jnp.sum(taps * filters[pick, phase], axis=-1)
 
-    counts = jnp.minimum(sample_counts * 100 // percents[choice], size).astype(jnp.int32)
+    counts = (sample_counts * 100 // percents[choice]).astype(jnp.int32)
     resampled = jax.vmap(resample)(source, choice)
-    return jnp.where(jnp.arange(size) < counts[:, None], resampled, 0.0), counts
+    return jnp.where(jnp.arange(room) < counts[:, None], resampled, 0.0), counts
 
 
 def _sinc_filters(config: SpeedConfig) -> np.ndarray:

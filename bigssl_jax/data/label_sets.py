@@ -22,7 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bigssl_jax.data.corpus import file_sha256
 from bigssl_jax.data.errors import DataError
+from bigssl_jax.data.folder import atomic_path, write_atomically
 
 FORMAT = 'bigssl_labels_1'
 REQUIRED = pa.schema(
@@ -110,14 +112,9 @@ class LabelWriter:
         if self.is_written(part):
             return
         table = _table(columns).replace_schema_metadata({_KEY: json.dumps(self.key).encode()})
-        temporary = f'{self.path(part)}.{os.getpid()}.tmp'
         try:
-            with open(temporary, 'wb') as file:
-                pq.write_table(table, file, compression='zstd')
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path(part))
-            _sync_directory(self.directory)
+            with atomic_path(self.path(part)) as temporary:
+                pq.write_table(table, temporary, compression='zstd')
         except OSError as error:
             raise DataError(f'{self.path(part)}: cannot be written: {error}') from None
 
@@ -139,7 +136,7 @@ class LabelWriter:
                     'file': os.path.basename(self.path(part)),
                     'rows': table.num_rows,
                     'bytes': os.path.getsize(self.path(part)),
-                    'sha256': _file_hash(self.path(part)),
+                    'sha256': file_sha256(self.path(part)),
                 }
             )
         record = {
@@ -152,13 +149,7 @@ class LabelWriter:
             'provenance': dict(provenance or {}),
         }
         content = json.dumps(record, indent=1, sort_keys=True)
-        temporary = os.path.join(self.directory, f'labels.json.{os.getpid()}.tmp')
-        with open(temporary, 'w', encoding='utf-8') as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, os.path.join(self.directory, 'labels.json'))
-        _sync_directory(self.directory)
+        write_atomically(os.path.join(self.directory, 'labels.json'), content.encode())
         for name in os.listdir(self.directory):  # left by killed runs; every part is done now
             if name.startswith('part-') and name.endswith('.tmp'):
                 os.remove(os.path.join(self.directory, name))
@@ -205,7 +196,7 @@ class LabelSet:
         """Reads every part and compares its hash; DataError names the damaged file."""
         for part in self.record['parts']:
             path = os.path.join(self.directory, part['file'])
-            if _file_hash(path) != part['sha256']:
+            if file_sha256(path) != part['sha256']:
                 raise DataError(f'{path} has changed since it was made: make the labels again')
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
@@ -250,16 +241,3 @@ def _read_key(path: str) -> dict[str, str]:
         raise DataError(
             f'{path} is damaged or not a part of a label set ({error}): remove it'
         ) from None
-
-
-def _file_hash(path: str) -> str:
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def _sync_directory(directory: str) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -135,7 +135,7 @@ class Trainer:
         self, name: str, params: Any, constants: Any, batch: dict[str, jax.Array], key: jax.Array
     ) -> Totals:
         objective = self.objectives[name]
-        batch = self._perturb(batch, key)
+        batch = self.perturb(batch, key)
         call = EncoderCall(
             encoder=Encoder(self.encoder),
             params=params['encoder'],
@@ -147,7 +147,7 @@ class Trainer:
         head = params['heads'][name]
         return objective.totals(call, head, constants['heads'][name], batch, key)
 
-    def _perturb(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+    def perturb(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
         """The batch with its waveforms sped up or slowed down and noise added, if so configured."""
         audio, counts = batch['audio'], batch['sample_counts']
         speed, noise = _config(self.fields, 'speed_perturb'), _config(self.fields, 'noise')

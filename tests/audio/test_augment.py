@@ -124,7 +124,9 @@ def test_speed_changes_pitch_and_length_as_stated():
         new = int(counts[0])
         assert new == count * 100 // percent
         assert not np.asarray(out[0, new:]).any()
-        expected = 8000 * np.sin(2 * np.pi * 440 * percent / 100 * time)
+        assert out.shape[1] == -(-size * 100 // percent)
+        later = np.arange(out.shape[1]) / rate
+        expected = 8000 * np.sin(2 * np.pi * 440 * percent / 100 * later)
         # The ends see the silence around the utterance.
         np.testing.assert_allclose(out[0, 20 : new - 20], expected[20 : new - 20], atol=25)
 
@@ -150,14 +152,16 @@ def test_speeding_up_does_not_alias():
     assert np.abs(out[0, 100 : int(counts[0]) - 100]).max() < 8000 * 0.35
 
 
-def test_speeds_are_drawn_evenly_per_row_and_a_full_buffer_is_cut():
+def test_speeds_are_drawn_evenly_per_row_and_a_full_buffer_loses_nothing():
     wave = jnp.ones((900, 200), jnp.float32)
-    _, counts = audio.speed_perturb(
+    out, counts = audio.speed_perturb(
         wave, jnp.full(900, 200), keys(900), audio.SpeedConfig(half_taps=2)
     )
     values, seen = np.unique(counts, return_counts=True)
-    np.testing.assert_array_equal(values, [181, 200])  # 110 %; 100 % and 90 %, cut at 200
-    assert abs(seen[0] / 900 - 1 / 3) < 5 * np.sqrt(2 / 9 / 900)
+    np.testing.assert_array_equal(values, [181, 200, 222])
+    assert np.abs(seen / 900 - 1 / 3).max() < 5 * np.sqrt(2 / 9 / 900)
+    slow = np.asarray(out)[np.asarray(counts) == 222]
+    assert slow[:, 2:220].min() > 0.8  # up to the last taps, which see the silence behind
 
 
 def test_noise_has_the_stated_ratio_and_probability():
@@ -193,6 +197,9 @@ def test_noise_on_silence_is_silence():
         (lambda: audio.SpecAugmentConfig(time_ratio=1.5), 'time_ratio is 1.5'),
         (lambda: audio.SpecAugmentConfig(freq_masks=-1), 'freq_masks is -1'),
         (lambda: audio.SpeedConfig(percents=(10,)), 'percents is'),
+        (lambda: audio.SpeedConfig(percents=(99.5, 100)), 'percents is .*whole numbers'),
+        (lambda: audio.SpeedConfig(percents=()), 'percents is'),
+        (lambda: audio.SpeedConfig(half_taps=0), 'half_taps is 0'),
         (lambda: audio.NoiseConfig(probability=2.0), 'probability is 2.0'),
         (lambda: audio.NoiseConfig(low_db=9.0, high_db=1.0), 'low_db=9.0'),
     ],

@@ -472,15 +472,20 @@ def test_closing_stops_reading(config):
     batches.close()
 
 
-def test_a_program_that_forgets_to_close_still_ends(config):
-    program = f'from bigssl_jax import data; print(len(next(data.stream({config!r}, 0).batches())))'
-    run = subprocess.run(
+def run_program(program: str) -> subprocess.CompletedProcess:
+    """Runs Python text in a process of its own."""
+    return subprocess.run(
         [sys.executable, '-c', program],
         capture_output=True,
         text=True,
         timeout=60,
         cwd=pathlib.Path(__file__).parents[2],
     )
+
+
+def test_a_program_that_forgets_to_close_still_ends(config):
+    program = f'from bigssl_jax import data; print(len(next(data.stream({config!r}, 0).batches())))'
+    run = run_program(program)
     assert (run.returncode, run.stdout.strip()) == (0, '5'), run.stderr
 
 
@@ -489,11 +494,5 @@ def test_planning_alone_imports_no_tensorflow(config):
         f'import sys; from bigssl_jax import data; data.stream({config!r}, 0).batch(3);'
         "print('tensorflow' in sys.modules, 'seqio' in sys.modules)"
     )
-    run = subprocess.run(
-        [sys.executable, '-c', program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=pathlib.Path(__file__).parents[2],
-    )
+    run = run_program(program)
     assert run.stdout.strip() == 'False False', run.stderr

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from bigssl_jax.evaluation.clips import choose_clips, write_clips
 from bigssl_jax.evaluation.confidence import label_quality
 from bigssl_jax.evaluation.score import compare_texts, score_texts
-from bigssl_jax.evaluation.wer import count_errors
+from bigssl_jax.evaluation.wer import ErrorCounts, count_errors
 
 HOSTILE = '</script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>&"\''
 WORDS = (
@@ -21,6 +22,17 @@ WORDS = (
 ).split()
 MODELS = {'supervised': 0.55, 'pretrained': 0.35, 'student': 0.25}
 STEPS = 400
+
+
+@pytest.fixture(scope='session')
+def counts_of() -> Callable[[np.ndarray, np.ndarray], ErrorCounts]:
+    """counts_of(errors, words): utterances whose errors are all substitutions."""
+
+    def counts_of(errors: np.ndarray, words: np.ndarray) -> ErrorCounts:
+        zeros = np.zeros_like(errors)
+        return ErrorCounts(errors, zeros, zeros, words)
+
+    return counts_of
 
 
 def dump(path: pathlib.Path, value: Any) -> None:

@@ -6,12 +6,6 @@ import scipy.stats
 
 from bigssl_jax.evaluation import paired_test
 from bigssl_jax.evaluation.significance import compare, randomisation_p
-from bigssl_jax.evaluation.wer import ErrorCounts
-
-
-def counts_of(errors: np.ndarray, words: np.ndarray) -> ErrorCounts:
-    zeros = np.zeros_like(errors)
-    return ErrorCounts(errors, zeros, zeros, words)
 
 
 @pytest.mark.parametrize('seed', range(8))
@@ -58,7 +52,7 @@ def test_equal_systems_do_not_differ():
     assert (result.difference, result.p_value, result.interval) == (0, 1, (0, 0))
 
 
-def test_p_is_uniform_when_the_systems_are_the_same():
+def test_p_is_uniform_when_the_systems_are_the_same(counts_of):
     generator = np.random.default_rng(11)
     values = []
     for trial in range(400):
@@ -71,7 +65,7 @@ def test_p_is_uniform_when_the_systems_are_the_same():
         assert np.mean(np.array(values) <= level) == pytest.approx(level, abs=0.07)
 
 
-def test_a_clear_difference_is_found_and_covered():
+def test_a_clear_difference_is_found_and_covered(counts_of):
     generator = np.random.default_rng(12)
     words = np.full(400, 10)
     a, b = (counts_of(generator.binomial(words, rate), words) for rate in (0.4, 0.3))

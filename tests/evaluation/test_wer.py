@@ -9,17 +9,12 @@ import pytest
 
 from bigssl_jax.evaluation import cer, count_errors, paired_test, wer
 from bigssl_jax.evaluation.bootstrap import resampled_sums, units_of
-from bigssl_jax.evaluation.wer import ErrorCounts, summarise
+from bigssl_jax.evaluation.wer import summarise
 
 
 def random_texts(generator: np.random.Generator, count: int) -> list[str]:
     words = ['a', 'b', 'cc', 'dd', "e'e", 'ß', '日本', 'x']
     return [' '.join(generator.choice(words, generator.integers(0, 9))) for _ in range(count)]
-
-
-def counts_of(errors: np.ndarray, words: np.ndarray) -> ErrorCounts:
-    zeros = np.zeros_like(errors)
-    return ErrorCounts(errors, zeros, zeros, words)
 
 
 @pytest.mark.parametrize('seed', range(20))
@@ -98,7 +93,7 @@ def test_wrong_number_of_speakers_is_refused():
         wer(['a', 'b'], ['a', 'b'], ['anna'])
 
 
-def test_interval_agrees_with_the_normal_approximation():
+def test_interval_agrees_with_the_normal_approximation(counts_of):
     # Utterances of equal length: the rate is a mean, whose interval is +-1.96 standard errors.
     generator = np.random.default_rng(0)
     errors = generator.binomial(10, 0.2, 3000)
@@ -107,7 +102,7 @@ def test_interval_agrees_with_the_normal_approximation():
     np.testing.assert_allclose(result.interval, [result.wer - half, result.wer + half], rtol=0.01)
 
 
-def test_interval_covers_the_truth_as_often_as_it_says():
+def test_interval_covers_the_truth_as_often_as_it_says(counts_of):
     generator = np.random.default_rng(3)
     covered = 0
     for trial in range(400):
@@ -126,7 +121,7 @@ def test_two_units_resample_to_the_known_distribution():
     assert (sums[:, 1] == 2).all()
 
 
-def test_resampling_by_speaker_resamples_their_sums():
+def test_resampling_by_speaker_resamples_their_sums(counts_of):
     # 30 speakers of 20 equal utterances each: intervals as if each speaker were one utterance.
     generator = np.random.default_rng(5)
     per_speaker = generator.binomial(10, 0.3, 30)

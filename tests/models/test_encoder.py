@@ -222,15 +222,7 @@ def test_initial_parameters_are_the_same_under_jit_and_differ_per_layer():
 
 def test_initial_scales_are_as_documented():
     """Glorot uniform over whole fans, and activations of order one through a deep stack."""
-    config = ConformerConfig(
-        num_layers=2,
-        model_dim=64,
-        num_heads=4,
-        dropout=0.0,
-        num_mels=8,
-        subsampling_channels=(3, 4),
-        relative_attention=True,
-    )
+    config = dataclasses.replace(TINY, model_dim=64, num_heads=4, relative_attention=True)
     tree = parameters(config)['params']['blocks']
     for path, fans in {
         ('ffn_in', 'expand'): (64, 256),
