@@ -51,12 +51,7 @@ def get_config(manifest: str) -> ml_collections.ConfigDict:
             'num_buckets': 1,
         },
         'student': finetune(
-            100,
-            {'labelled': labelled, 'pseudo': pseudo},
-            init_from='pretrain',
-            eval_every=50,
-            speed_perturb={'percents': (95, 100, 105)},
-            noise={'low_db': 15.0},
+            100, {'labelled': labelled, 'pseudo': pseudo}, init_from='pretrain', eval_every=50
         ),
         'evaluate': {
             'kind': 'evaluate',
@@ -85,12 +80,9 @@ def pretrain(steps: int) -> dict:
     }
 
 
-def finetune(
-    steps: int, sources: dict, init_from: str = '', eval_every: int = 0, **augmentation: dict
-) -> dict:
+def finetune(steps: int, sources: dict, init_from: str = '', eval_every: int = 0) -> dict:
     """CTC on letters."""
     return {
-        **augmentation,
         'kind': 'finetune',
         'steps': steps,
         'init_from': init_from,
