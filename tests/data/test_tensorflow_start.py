@@ -26,7 +26,7 @@ def test_a_process_that_starts_tensorflow_and_tensorboard_prints_nothing(tmp_pat
     clean = {name: value for name, value in os.environ.items() if not name.startswith('TF_')}
     done = subprocess.run(
         [sys.executable, '-c', code, str(tmp_path)],
-        capture_output=True, text=True, timeout=120, check=True, env=clean,
+        capture_output=True, text=True, timeout=200, check=True, env=clean,
     )  # fmt: skip
     assert done.stderr == ''
     assert done.stdout == "{'CPU'}\n"
