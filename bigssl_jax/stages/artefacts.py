@@ -48,6 +48,26 @@ def file_hash(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
+def model_info(directory: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+    """The model folder at `directory`, or inside the stage folder there, and its model.json.
+
+    Raises:
+      UserError: there is no model.
+    """
+    directory = directory.absolute()
+    if not (directory / 'model.json').exists() and (directory / 'model').is_dir():
+        directory = directory / 'model'
+    info = read_json(directory / 'model.json')
+    if info is None:
+        raise UserError(
+            f'no model in {directory} (model.json is missing); name the folder of a finished'
+            ' pretrain or finetune stage'
+        )
+    if 'arrays' not in info:
+        raise UserError(f'{directory} was written by an older version; train its stage again')
+    return directory, info
+
+
 def differences(old: Any, new: Any, path: str = '') -> list[str]:
     """The fields in which two nested mappings differ, as `field: old -> new`."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):

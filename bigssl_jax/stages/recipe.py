@@ -22,6 +22,7 @@ from bigssl_jax.parallel import make_mesh
 from bigssl_jax.parallel.startup import cpu_cores, enable_compilation_cache
 from bigssl_jax.stages import artefacts, schema
 from bigssl_jax.stages.context import Context
+from bigssl_jax.stages.shared_encoder import check_shared_encoder
 from bigssl_jax.training.metrics import clock
 from bigssl_jax.training.signals import stop_on_signals
 
@@ -103,7 +104,8 @@ def wanted_stages(config: Mapping[str, Any], stages: Sequence[str] | None) -> li
 
 
 def _check(config: Mapping[str, Any], workdir: pathlib.Path, name: str) -> dict[str, Any]:
-    """Refuses a folder of another config, and missing inputs of stages run on their own."""
+    """Refuses a folder of another config, and a shared encoder that does not fit."""
+    check_shared_encoder(config, name)
     artefacts.check(workdir / name, schema.identity_of(config, name))
     if workdir.exists() and not os.access(workdir, os.W_OK):
         raise UserError(f'--workdir {workdir} is read-only; name a folder that can be written')

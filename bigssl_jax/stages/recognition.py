@@ -18,6 +18,7 @@ from bigssl_jax.parallel import replicated, use_mesh
 from bigssl_jax.stages.model import Model
 from bigssl_jax.stages.schema import make_objective
 from bigssl_jax.training.loop import to_devices
+from bigssl_jax.training.trainer import parameter_layout
 
 DECODER = 'greedy_ctc-1'  # changes whenever its results would
 
@@ -88,13 +89,19 @@ class Recogniser:
 
     @classmethod
     def of_model(cls, model: Model, mesh: jax.sharding.Mesh) -> 'Recogniser':
-        """A finished model's recogniser, its parameters on every device."""
+        """A finished model's recogniser; each device reads its own part of the parameters."""
         name = model.transcript_head()
         tokenizer = Tokenizer(model.tokenizer_path)
         head = make_objective(model.heads[name], tokenizer.vocabulary_size, model.audio.num_mels)
-        params = {'encoder': model.params['encoder'], 'head': model.params['heads'][name]}
-        params, constants = jax.device_put((params, model.constants['encoder']), replicated(mesh))
         encoder = attention_kernels.portable(model.encoder, mesh.devices.flat[0].platform)
+        arrays = model.read(
+            {
+                'params': parameter_layout(encoder, {name: head}, mesh),
+                'constants': {'encoder': model.shapes()['constants']['encoder']},
+            }
+        )
+        params = {'encoder': arrays['params']['encoder'], 'head': arrays['params']['heads'][name]}
+        constants = jax.device_put(arrays['constants']['encoder'], replicated(mesh))
         return cls(encoder, model.audio, head, params, constants, tokenizer, mesh)
 
     def recognise(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[Hypothesis]:

@@ -20,6 +20,7 @@ from bigssl_jax.data.label_filters import check_filter
 from bigssl_jax.models import ConformerConfig
 from bigssl_jax.models.presets import NAMES, conformer
 from bigssl_jax.objectives import CTC, BestRQ, Wav2Vec2
+from bigssl_jax.stages.shared_encoder import encoder_identity, is_path
 from bigssl_jax.training.optimizers import ALGORITHMS, GROUP_DEFAULTS
 from bigssl_jax.training.schedules import SHAPES
 
@@ -93,6 +94,7 @@ OPTIMIZER: dict[str, Any] = {'groups': {}, 'clip_norm': 5.0, 'ema_decay': 0.0, '
 TRAINING: dict[str, Any] = {
     'kind': '',
     'steps': 1000,
+    # A stage before this one, or a model folder of another workdir ('runs/other/pretrain').
     'init_from': '',
     'objectives': {},
     'streams': {},
@@ -329,9 +331,10 @@ def upstream_of(stage: Mapping[str, Any]) -> list[str]:
 def _uses(stage: Mapping[str, Any]) -> list[tuple[str, str, tuple[str, ...]]]:
     """(field, name of a stage, kinds that it may have) of every stage that `stage` refers to."""
     found: list[tuple[str, str | None, tuple[str, ...]]] = [
-        ('init_from', stage.get('init_from'), ('pretrain', 'finetune')),
         ('teacher', stage.get('teacher'), ('finetune',)),
     ]
+    if not is_path(stage.get('init_from', '')):
+        found.insert(0, ('init_from', stage.get('init_from'), ('pretrain', 'finetune')))
     found += [('models', name, ('finetune',)) for name in stage.get('models', ())]
     for stream_name, stream in stage.get('streams', {}).items():
         for name, source in stream['sources'].items():
@@ -356,9 +359,12 @@ def identity_of(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """Everything that a stage's result follows from: its fields, the shared ones, its inputs."""
     shared = ('seed', 'audio', 'encoder', 'tokenizer', 'statistics', 'corpora', 'selections')
     fields = {} if stage == 'prepare' else dict(config['stages'][stage])
+    upstream = upstream_of(fields)
+    if is_path(fields.get('init_from', '')):
+        fields['init_from'] = encoder_identity(stage, fields['init_from'])
     return {
         'stage': stage,
         'fields': fields,
         'shared': {name: config[name] for name in shared},
-        'upstream': {name: config_hash(identity_of(config, name)) for name in upstream_of(fields)},
+        'upstream': {name: config_hash(identity_of(config, name)) for name in upstream},
     }

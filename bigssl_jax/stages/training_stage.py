@@ -6,25 +6,30 @@ config  ->  trainer                 (encoder, objectives, optimizer)
         ->  the loop                ->  <stage>/checkpoints, <stage>/model
 """
 
+import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from bigssl_jax.audio import AudioConfig
 from bigssl_jax.data.stream import Stream, stream
 from bigssl_jax.data.tokenizer import Tokenizer
 from bigssl_jax.models import ConformerConfig, attention_kernels
 from bigssl_jax.objectives.encoder_call import named_key
+from bigssl_jax.parallel.fingerprint import fingerprint
 from bigssl_jax.parallel.layout import check_layout, landed, layout_lines
+from bigssl_jax.stages import artefacts
 from bigssl_jax.stages.context import Context
 from bigssl_jax.stages.model import load_model, save_model
 from bigssl_jax.stages.schema import make_objective, training_audio_seconds
-from bigssl_jax.training.checkpoint import Checkpointer, tree_hash
-from bigssl_jax.training.initialise import take_matching
+from bigssl_jax.stages.shared_encoder import is_path
+from bigssl_jax.training.checkpoint import Checkpointer
+from bigssl_jax.training.initialise import match_encoder, only
 from bigssl_jax.training.loop import LoopSettings, Run, train
 from bigssl_jax.training.optimizers import make_schedules
 from bigssl_jax.training.state import TrainState
@@ -112,7 +117,7 @@ def run_training(
         tokenizer,
         fields['steps'],
     )
-    outputs = {'model': {'hash': info['hash'], 'params': tree_hash(state.params)}}
+    outputs = {'model': {'hash': info['hash'], 'params': fingerprint(state.params)}}
     results = {
         'parameters': sum(int(leaf.size) for leaf in jax.tree.leaves(state.params)),
         'steps': fields['steps'],
@@ -145,18 +150,26 @@ def _open_streams(context: Context) -> dict[str, Stream]:
 def _first_state(
     context: Context, trainer: Trainer, statistics: Mapping[str, np.ndarray]
 ) -> TrainState:
-    """Fresh parameters, the encoder replaced by that of the stage named in `init_from`."""
-    state = trainer.make_state(statistics)
+    """Fresh parameters, or those of the model that `init_from` names where they match."""
     source = context.fields['init_from']
     if not source:
-        return state
-    earlier = load_model(context.workdir / source)
-    encoder, matching = take_matching(state.params['encoder'], earlier.params['encoder'])
-    print(f'{context.name}: encoder from {source}: {matching}', flush=True)
-    params = {**state.params, 'encoder': encoder}
-    # The step donates its state, and no buffer may be donated twice: the average gets its own.
-    ema = jax.tree.map(jnp.copy, params) if state.ema else {}
-    return state.replace(params=params, ema=ema)
+        return trainer.make_state(statistics)
+    earlier = load_model(pathlib.Path(source) if is_path(source) else context.workdir / source)
+    wanted, shapes = trainer.abstract_state(statistics).params, earlier.shapes()
+    matching = match_encoder(wanted, shapes['params'])
+    arrays = earlier.read(
+        {
+            'params': only(wanted, matching.matched),
+            'constants': {'encoder': shapes['constants']['encoder']},
+        }
+    )
+    if jax.process_index() == 0:
+        report = {'from': source, 'model': earlier.hash} | dataclasses.asdict(matching)
+        artefacts.write_json(context.directory / 'initialised.json', report)
+        print(f'{context.name}: encoder from {source}: {matching} (initialised.json)', flush=True)
+    taken = traverse_util.flatten_dict(arrays['params'], sep='/')
+    # The encoder knows features that were normalised with the statistics of its own training.
+    return trainer.make_state(arrays['constants']['encoder'], taken)
 
 
 def _run(

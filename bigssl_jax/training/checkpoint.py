@@ -4,20 +4,26 @@ One checkpoint holds the TrainState (parameters, optimizer, EMA, step, constants
 projection and codebooks) and a small JSON of identities: the config's hash, the fingerprints of the
 streams, the tokenizer's hash.  Random keys follow from the seed and the step, and so does the order
 of the data, so neither has state to save.
+
+Arrays go from the devices that hold them to disk and back: no process ever holds a whole state.
+What was saved from one mesh, by any number of processes, is restored onto another bit for bit.
+`save_arrays` and `restore_arrays` do the same for a finished model, or a part of it.
 """
 
 import contextlib
-import hashlib
 import logging
+import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from bigssl_jax.config import UserError
+
+# A device reads whole chunks: small ones let another mesh read little more than its own pieces.
+CHUNK_BYTES = 16 * 2**20
 
 
 class CheckpointError(UserError):
@@ -98,14 +104,57 @@ class Checkpointer:
         self._manager.close()
 
 
-def tree_hash(tree: Any) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of a tree's arrays; equal bits, equal hash."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        digest.update(f'{jax.tree_util.keystr(path)} {array.shape} {array.dtype}'.encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+def save_arrays(directory: pathlib.Path, tree: Any) -> None:
+    """Saves nested dicts of arrays, and returns when they are on disk.
+
+    In several processes all of them call this together, and each writes the pieces that its
+    devices hold; numpy arrays are written by the first.  `directory` appears when it is complete.
+    """
+    arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory, tree, save_args=arguments)
+
+
+def stored_shapes(directory: pathlib.Path) -> Any:
+    """What `save_arrays` saved, a `jax.ShapeDtypeStruct` for each array; reads no array.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(directory).item_metadata
+    if metadata is None:
+        raise CheckpointError(f'{directory} is damaged: Orbax cannot read what arrays it holds')
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree)
+
+
+def restore_arrays(directory: pathlib.Path, wanted: Any) -> Any:
+    """Reads what `save_arrays` saved, or a part of it; waits for no other process.
+
+    Args:
+      directory: the saved arrays.
+      wanted: nested dicts of `jax.ShapeDtypeStruct`, branches left out as you like: what is not
+        named is not read.  A leaf with a sharding arrives laid out so, on a mesh that need not be
+        the one it was saved from, each device reading its own piece; one without as numpy.
+
+    Raises:
+      CheckpointError: an array cannot be read, or its shape differs from the saved one.
+    """
+    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+    part = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    # What is on its way takes host memory beside the result: little more than the largest array.
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
+    handler = ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=alone, restore_concurrent_gb=4 + math.ceil(largest / 1e9)
+    )
+    with quiet_orbax(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        try:
+            return checkpointer.restore(directory, args=part)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f'{directory} is damaged: {reason}') from error
 
 
 @contextlib.contextmanager

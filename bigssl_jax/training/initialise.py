@@ -1,14 +1,20 @@
-"""Starting parameters from those of an earlier stage, with a report of what was taken.
+"""Starting an encoder from that of an earlier stage, with a report of what was taken.
 
-Precedence of initialisation, highest first: the run's own newest checkpoint; parameters of an
-earlier stage (here); fresh random ones.
+Precedence of initialisation, highest first:
+  1. the run's own newest checkpoint: an interrupted run continues (`loop.py`);
+  2. `init_from`: the encoder of an earlier stage, or of a model folder of another workdir, and
+     the feature statistics that it was trained with (here);
+  3. fresh random parameters.
+
+Nothing is taken silently: every parameter is matched, new or dropped, by name.  What is matched is
+read straight into the layout of the new state, and what is fresh is never made for it.
 """
 
 import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
+from flax import traverse_util
 
 from bigssl_jax.config import UserError
 from bigssl_jax.training.optimizers import path_name
@@ -20,7 +26,7 @@ class Matching:
 
     Attributes:
       matched: taken from the earlier stage.
-      new: not in the earlier stage; stay fresh.
+      new: not taken from there; they start fresh.
       dropped: in the earlier stage and not needed here.
     """
 
@@ -32,38 +38,36 @@ class Matching:
         return f'{len(self.matched)} matched, {len(self.new)} new, {len(self.dropped)} dropped'
 
 
-def take_matching(fresh: Any, earlier: Any) -> tuple[Any, Matching]:
-    """`fresh` with every parameter of the same name and shape replaced by that of `earlier`.
+def match_encoder(wanted: Any, earlier: Any) -> Matching:
+    """Which parameters a stage takes from an earlier one: those of the encoder, by name.
 
     Args:
-      fresh: parameters as the stage would start them, arrays on devices.
-      earlier: parameters of another stage, numpy arrays.
-
-    Returns:
-      The mixed tree (laid out on devices as `fresh` is) and what was matched.
+      wanted: {'encoder', 'heads'} of this stage, abstract arrays.
+      earlier: {'encoder', 'heads'} of the earlier stage, abstract arrays.
 
     Raises:
-      UserError: a name occurs in both with different shapes, or nothing matches.
+      UserError: a name occurs in both encoders with different shapes, or nothing matches.
     """
-    source = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(earlier)}
-    matched: list[str] = []
-    new: list[str] = []
-
-    def pick(path: tuple, leaf: jax.Array) -> jax.Array:
-        name = path_name(path)
-        if name not in source:
-            new.append(name)
-            return leaf
-        if source[name].shape != leaf.shape:
+    here, there = _shapes(wanted), _shapes(earlier)
+    matched = tuple(name for name in here if name.startswith('encoder/') and name in there)
+    for name in matched:
+        if here[name] != there[name]:
             raise UserError(
-                f'parameter {name} has shape {source[name].shape} in the earlier stage and'
-                f' {leaf.shape} here; both stages need the same encoder'
+                f'parameter {name} has shape {there[name]} in the earlier stage and'
+                f' {here[name]} here; both stages need the same encoder'
             )
-        matched.append(name)
-        return jax.device_put(np.asarray(source[name], leaf.dtype), leaf.sharding)
-
-    mixed = jax.tree_util.tree_map_with_path(pick, fresh)
     if not matched:
         raise UserError('no parameter of the earlier stage matches one of this stage')
-    dropped = tuple(name for name in source if name not in set(matched))
-    return mixed, Matching(tuple(matched), tuple(new), dropped)
+    new = tuple(name for name in here if name not in matched)
+    return Matching(matched, new, tuple(name for name in there if name not in matched))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def only(tree: Any, names: tuple[str, ...]) -> Any:
+    """Nested dicts with the named leaves ('encoder/norm/scale') of `tree` alone."""
+    leaves = traverse_util.flatten_dict(tree, sep='/')
+    return traverse_util.unflatten_dict({name: leaves[name] for name in names}, sep='/')

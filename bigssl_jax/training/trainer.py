@@ -57,14 +57,7 @@ class Trainer:
 
     def init_params(self, key: jax.Array) -> Any:
         """Fresh parameters, boxed with their logical axes."""
-        features = jnp.zeros((1, 16, self.encoder.num_mels), jnp.float32)
-        mask = jnp.ones((1, 16), bool)
-        encoder = Encoder(self.encoder).init(jax.random.fold_in(key, 0), features, mask)['params']
-        heads = {
-            name: objective.init_params(named_key(key, name), self.encoder)
-            for name, objective in self.objectives.items()
-        }
-        return {'encoder': encoder, 'heads': heads}
+        return _init_params(self.encoder, self.objectives, key)
 
     @functools.cached_property
     def abstract_params(self) -> Any:
@@ -78,14 +71,31 @@ class Trainer:
         groups = self.fields['optimizer']['groups']
         return make_optimizer(nn.unbox(self.abstract_params), groups)
 
-    def make_state(self, statistics: Mapping[str, np.ndarray]) -> TrainState:
-        """A fresh state, every array born where it will live."""
-        return jax.jit(self._make_state, out_shardings=self.shardings(statistics))(statistics)
+    def make_state(
+        self,
+        statistics: Mapping[str, np.ndarray],
+        taken: Mapping[str, jax.Array] | None = None,
+    ) -> TrainState:
+        """A first state, every array born where it will live.
 
-    def _make_state(self, statistics: Mapping[str, Any]) -> TrainState:
+        Args:
+          statistics: of the features.
+          taken: name, such as 'encoder/norm/scale' -> the parameter to start with instead of a
+            fresh one, laid out as `shardings` says; its memory goes over to the state.
+        """
+        make = jax.jit(self._make_state, out_shardings=self.shardings(statistics), donate_argnums=1)
+        return make(statistics, dict(taken or {}))
+
+    def _make_state(
+        self, statistics: Mapping[str, Any], taken: Mapping[str, jax.Array] | None = None
+    ) -> TrainState:
         key = jax.random.key(self.seed)
         with use_mesh(self.mesh):
             params = nn.unbox(self.init_params(named_key(key, 'params')))
+        if taken:
+            params = jax.tree_util.tree_map_with_path(
+                lambda path, fresh: taken.get(path_name(path), fresh), params
+            )
         constants_key = named_key(key, 'constants')
         heads = {
             name: objective.init_constants(named_key(constants_key, name))
@@ -207,6 +217,33 @@ class Trainer:
             if advice:
                 return advice
         return None
+
+
+def _init_params(encoder: ConformerConfig, objectives: Mapping[str, Any], key: jax.Array) -> Any:
+    features = jnp.zeros((1, 16, encoder.num_mels), jnp.float32)
+    mask = jnp.ones((1, 16), bool)
+    return {
+        'encoder': Encoder(encoder).init(jax.random.fold_in(key, 0), features, mask)['params'],
+        'heads': {
+            name: objective.init_params(named_key(key, name), encoder)
+            for name, objective in objectives.items()
+        },
+    }
+
+
+def parameter_layout(
+    encoder: ConformerConfig, objectives: Mapping[str, Any], mesh: jax.sharding.Mesh
+) -> Any:
+    """{'encoder', 'heads'} of `jax.ShapeDtypeStruct` with the shardings that the rules give."""
+    with use_mesh(mesh):
+        boxed = jax.eval_shape(
+            functools.partial(_init_params, encoder, objectives), jax.random.key(0)
+        )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        logical_to_shardings(boxed, mesh),
+    )
 
 
 def _config(fields: Mapping[str, Any], name: str) -> Any:

@@ -20,9 +20,9 @@ SCRIPT = """
 import json, sys
 import jax, numpy as np
 from bigssl_jax.parallel import make_mesh, use_mesh
+from bigssl_jax.parallel.fingerprint import fingerprint
 from bigssl_jax.stages import schema
 from bigssl_jax.stages.training_stage import make_trainer
-from bigssl_jax.training.checkpoint import tree_hash
 from bigssl_jax.training.loop import to_devices
 
 ROWS, SECONDS, VOCABULARY, STEPS = 16, 1.0, 12, 2
@@ -74,7 +74,7 @@ def run(mesh_name, micro_batches=1, dropout=0.1):
     state = trainer.make_state(STATISTICS)
     split = [x for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated]
     found = {
-        'params': tree_hash(state.params), 'constants': tree_hash(state.constants),
+        'params': fingerprint(state.params), 'constants': fingerprint(state.constants),
         'split': sum(x.size for x in split) / sum(x.size for x in jax.tree.leaves(state.params)),
         'losses': [], 'weights': [],
     }

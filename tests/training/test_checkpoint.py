@@ -1,11 +1,19 @@
-"""Checkpoints come back bit for bit, only the newest are kept, another run's are refused."""
+"""Checkpoints come back bit for bit on any mesh, the newest are kept, another run's are refused."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigssl_jax.training.checkpoint import Checkpointer, CheckpointError, tree_hash
+from bigssl_jax.parallel.fingerprint import fingerprint
+from bigssl_jax.training.checkpoint import Checkpointer, CheckpointError
 from bigssl_jax.training.state import TrainState
 
 IDENTITY = {'config': 'c0ffee', 'stream of ctc': 'feed'}
@@ -57,7 +65,7 @@ def test_a_state_comes_back_bit_for_bit(open_checkpointer):
     assert second.latest_step() == 7
     restored = second.restore(7, abstract(state))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
-    assert tree_hash(restored) == tree_hash(state)
+    assert fingerprint(restored) == fingerprint(state)
     for ours, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         assert ours.dtype == saved.dtype
         assert np.asarray(ours).tobytes() == np.asarray(saved).tobytes()
@@ -72,7 +80,7 @@ def test_the_newest_are_kept_and_a_step_is_saved_once(open_checkpointer, tmp_pat
     assert checkpointer.latest_step() == 3
     assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['2', '3']
     restored = checkpointer.restore(3, abstract(make_state(3)))
-    assert tree_hash(restored) == tree_hash(make_state(3))
+    assert fingerprint(restored) == fingerprint(make_state(3))
 
 
 @pytest.mark.parametrize('name', IDENTITY)
@@ -102,14 +110,167 @@ def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
         Checkpointer(tmp_path / 'file' / 'checkpoints', 1, IDENTITY)
 
 
-def test_the_hash_sees_names_shapes_dtypes_and_bits():
-    base = {'a': np.arange(6, dtype=np.float32)}
-    assert tree_hash(base) == tree_hash({'a': jnp.arange(6, dtype=jnp.float32)})
-    changed = [
-        {'b': base['a']},
-        {'a': base['a'].reshape(2, 3)},
-        {'a': base['a'].astype(np.float64)},
-        {'a': np.nextafter(base['a'], np.float32(9))},
-        {'a': np.array([-0.0, 1, 2, 3, 4, 5], np.float32)},
-    ]
-    assert len({tree_hash(tree) for tree in [base, *changed]}) == 6
+# Random bits in all that a stage may keep: two optimizers, averages, constants, counters.
+COMMON = """
+import json, os, pathlib, signal, sys, zlib
+import jax, numpy as np
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from bigssl_jax.parallel import make_mesh
+from bigssl_jax.parallel.fingerprint import fingerprint
+from bigssl_jax.training.checkpoint import Checkpointer
+from bigssl_jax.training.optimizers import GROUP_DEFAULTS, make_optimizer
+from bigssl_jax.training.state import TrainState
+
+IDENTITY = {'config': 'c0ffee'}
+GROUPS = {
+    'heads': {**GROUP_DEFAULTS, 'pattern': '^heads/', 'algorithm': 'adamw', 'weight_decay': 0.1},
+    'encoder': {**GROUP_DEFAULTS, 'pattern': '^encoder/', 'algorithm': 'adafactor'},
+}
+SHAPES = {'encoder': {'blocks': {'kernel': (2, 128, 256), 'bias': (2, 256)}},
+          'heads': {'ctc': {'kernel': (128, 16), 'bias': (16,)}}}
+
+def make():
+    params = jax.tree.map(jnp.zeros, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+    constants = {'encoder': {'feature_mean': jnp.zeros(40)},
+                 'heads': {'ctc': {}, 'best_rq': {'codebook': jnp.zeros((4, 64, 16))}}}
+    optimizer, _ = make_optimizer(params, GROUPS)
+    return TrainState(step=jnp.int32(0), skipped=jnp.int32(0), params=params,
+                      optimizer=optimizer.init(params), ema=params, constants=constants)
+
+def abstract(*sizes):
+    axes = dict(zip(('data', 'fsdp', 'tensor'), sizes))
+    mesh = make_mesh(axes, jax.devices()[:np.prod(sizes)])
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path)
+        spec = {3: P(None, 'fsdp', 'tensor'), 2: P('fsdp', 'tensor')}.get(leaf.ndim, P())
+        if leaf.size < 16:  # adafactor leaves a single zero where it keeps nothing
+            spec = P()
+        elif 'bias' in name or leaf.shape[:1] == (2,) and leaf.ndim == 2 or 'codebook' in name:
+            spec = P(*[None] * (leaf.ndim - 1), 'tensor')
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(make))
+
+def fill(abstract_state, seed):
+    def one(path, leaf):
+        rng = np.random.default_rng([seed, zlib.crc32(jax.tree_util.keystr(path).encode())])
+        raw = rng.bytes(leaf.size * leaf.dtype.itemsize)
+        value = np.frombuffer(raw, leaf.dtype).reshape(leaf.shape)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda at: value[at])
+    return jax.tree_util.tree_map_with_path(one, abstract_state)
+"""
+
+MESHES = (
+    COMMON
+    + """
+folder = pathlib.Path(sys.argv[1])
+found = []
+for number, (start, end) in enumerate([
+    ((1, 1, 1), (1, 8, 1)), ((1, 8, 1), (2, 2, 2)), ((2, 2, 2), (1, 1, 1)),
+]):
+    state, wanted = fill(abstract(*start), number), abstract(*end)
+    checkpointer = Checkpointer(folder / str(number), 1, IDENTITY)
+    checkpointer.save(5, state)
+    checkpointer.wait()
+    restored = checkpointer.restore(5, wanted)
+    checkpointer.close()
+    pairs = list(zip(*(jax.tree.leaves(t) for t in (restored, state, wanted)), strict=True))
+    found.append({
+        'equal': fingerprint(restored) == fingerprint(state),
+        'bytes': all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b, _ in pairs),
+        'laid out': all(a.sharding == c.sharding and a.dtype == c.dtype for a, _, c in pairs),
+        'split': sum(not a.sharding.is_fully_replicated for a, _, _ in pairs),
+    })
+leaves = jax.tree_util.tree_leaves_with_path(state)
+paths = [jax.tree_util.keystr(path) + str(leaf.dtype) for path, leaf in leaves]
+found.append([any(word in path for path in paths)
+              for word in ('.mu', '.nu', '.v_row', '.ema', 'codebook', 'bfloat16', 'int32')])
+# The last of all: killed in the middle of a save.
+checkpointer = Checkpointer(folder / 'killed', 2, IDENTITY)
+checkpointer.save(1, fill(abstract(1, 8, 1), 1))
+checkpointer.wait()
+print(json.dumps(found), flush=True)
+checkpointer.save(2, fill(abstract(1, 8, 1), 2))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+)
+
+AFTER_KILL = (
+    COMMON
+    + """
+checkpointer = Checkpointer(pathlib.Path(sys.argv[1]) / 'killed', 2, IDENTITY)
+step = checkpointer.latest_step()
+restored = checkpointer.restore(step, abstract(1, 1, 1))
+checkpointer.close()
+print(json.dumps([step, fingerprint(restored) == fingerprint(fill(abstract(1, 1, 1), step))]))
+"""
+)
+
+PAIR = (
+    COMMON
+    + """
+folder, process, port = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize('127.0.0.1:' + port, num_processes=2, process_id=process)
+state = fill(abstract(1, 2, 2), 3)
+checkpointer = Checkpointer(folder, 1, IDENTITY)
+checkpointer.save(7, state)
+checkpointer.wait()
+checkpointer.close()
+print(json.dumps([jax.process_count(), fingerprint(state)]))
+"""
+)
+
+ALONE = (
+    COMMON
+    + """
+checkpointer = Checkpointer(pathlib.Path(sys.argv[1]), 1, IDENTITY)
+found = [fingerprint(checkpointer.restore(7, abstract(*sizes))) for sizes in ((1, 1, 1), (2, 2, 2))]
+checkpointer.close()
+print(json.dumps([*found, fingerprint(fill(abstract(1, 1, 1), 3))]))
+"""
+)
+
+
+def start(script: str, *words: object, devices: int) -> subprocess.Popen:
+    """Starts a script on some fake devices."""
+    flags = f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'
+    return subprocess.Popen(
+        [sys.executable, '-c', script, *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, 'XLA_FLAGS': flags},
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen, code: int = 0):
+    """What the script printed last, as JSON."""
+    try:
+        out, err = process.communicate(timeout=280)
+    finally:
+        process.kill()
+    assert process.returncode == code, err
+    return json.loads(out.splitlines()[-1])
+
+
+def test_every_mesh_restores_what_another_saved_and_a_kill_leaves_the_last_whole_one(tmp_path):
+    *found, kinds = ended(start(MESHES, tmp_path, devices=8), -signal.SIGKILL)
+    assert len(found) == 3
+    for case in found:
+        assert case['equal'] and case['bytes'] and case['laid out'], found
+    assert [case['split'] > 5 for case in found] == [True, True, False]
+    assert all(kinds), 'the state lacks something that a stage may keep'
+    step, whole = ended(start(AFTER_KILL, tmp_path, devices=1))
+    assert step == 1
+    assert whole
+
+
+@pytest.mark.slow
+def test_one_process_restores_what_two_saved(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    pair = [start(PAIR, tmp_path / 'c', process, port, devices=2) for process in range(2)]
+    first, second = [ended(process) for process in pair]
+    assert first == second
+    assert first[0] == 2
+    alone = ended(start(ALONE, tmp_path / 'c', devices=8))
+    assert set(alone) == {first[1]}

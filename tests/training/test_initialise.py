@@ -1,52 +1,57 @@
-"""Parameters of an earlier stage are taken by name and shape; what was taken is reported."""
+"""The encoder of an earlier stage is taken by name and shape; what became of every name is said."""
 
 import jax
-import numpy as np
 import pytest
 
 from bigssl_jax.config import UserError
-from bigssl_jax.training.initialise import take_matching
+from bigssl_jax.training.initialise import match_encoder, only
 
 
-def fresh():
+def shapes(encoder: dict, heads: dict) -> dict:
+    """Abstract parameters, from nested dicts of shapes."""
     return jax.tree.map(
-        jax.numpy.asarray,
-        {
-            'blocks': {'kernel': np.zeros((2, 3), np.float32), 'bias': np.zeros(3, np.float32)},
-            'norm': {'scale': np.ones(3, np.float32)},
-        },
+        lambda shape: jax.ShapeDtypeStruct(shape, 'float32'),
+        {'encoder': encoder, 'heads': heads},
+        is_leaf=lambda x: isinstance(x, tuple),
     )
 
 
-def test_same_names_are_taken_new_ones_stay_fresh_old_ones_are_dropped():
-    earlier = {
-        'blocks': {'kernel': np.arange(6, dtype=np.float32).reshape(2, 3)},
-        'norm': {'scale': np.full(3, 7, np.float32)},
-        'old': {'kernel': np.ones(2, np.float32)},
+HERE = shapes(
+    {'blocks': {'kernel': (2, 3), 'bias': (3,)}, 'norm': {'scale': (3,)}},
+    {'ctc': {'kernel': (3, 9)}},
+)
+
+
+def test_same_names_are_taken_new_ones_start_fresh_old_ones_are_dropped():
+    earlier = shapes(
+        {'blocks': {'kernel': (2, 3)}, 'norm': {'scale': (3,)}, 'old': {'kernel': (2,)}},
+        {'best_rq': {'kernel': (3, 64)}},
+    )
+    matching = match_encoder(HERE, earlier)
+    assert matching.matched == ('encoder/blocks/kernel', 'encoder/norm/scale')
+    assert matching.new == ('encoder/blocks/bias', 'heads/ctc/kernel')
+    assert matching.dropped == ('encoder/old/kernel', 'heads/best_rq/kernel')
+    assert str(matching) == '2 matched, 2 new, 2 dropped'
+    taken = only(HERE, matching.matched)
+    assert taken == {
+        'encoder': {
+            'blocks': {'kernel': HERE['encoder']['blocks']['kernel']},
+            'norm': {'scale': HERE['encoder']['norm']['scale']},
+        }
     }
-    mixed, matching = take_matching(fresh(), earlier)
-    np.testing.assert_array_equal(mixed['blocks']['kernel'], earlier['blocks']['kernel'])
-    np.testing.assert_array_equal(mixed['norm']['scale'], 7)
-    np.testing.assert_array_equal(mixed['blocks']['bias'], 0)
-    assert matching.matched == ('blocks/kernel', 'norm/scale')
-    assert matching.new == ('blocks/bias',)
-    assert matching.dropped == ('old/kernel',)
-    assert str(matching) == '2 matched, 1 new, 1 dropped'
 
 
-def test_dtype_and_place_are_those_of_the_fresh_parameters():
-    start = fresh()
-    earlier = {'norm': {'scale': np.full(3, 0.1, np.float64)}}
-    mixed, _ = take_matching(start, earlier)
-    assert mixed['norm']['scale'].dtype == np.float32
-    assert mixed['norm']['scale'].sharding == start['norm']['scale'].sharding
+def test_a_head_of_the_same_name_is_not_taken():
+    matching = match_encoder(HERE, HERE)
+    assert matching.new == matching.dropped == ('heads/ctc/kernel',)
 
 
 def test_a_change_of_shape_names_the_parameter_and_both_shapes():
-    with pytest.raises(UserError, match=r'blocks/kernel has shape \(2, 4\).*\(2, 3\) here'):
-        take_matching(fresh(), {'blocks': {'kernel': np.zeros((2, 4))}})
+    earlier = shapes({'blocks': {'kernel': (2, 4)}}, {})
+    with pytest.raises(UserError, match=r'encoder/blocks/kernel has shape \(2, 4\).*\(2, 3\) here'):
+        match_encoder(HERE, earlier)
 
 
 def test_nothing_in_common_is_an_error():
     with pytest.raises(UserError, match='no parameter'):
-        take_matching(fresh(), {'decoder': {'kernel': np.zeros(2)}})
+        match_encoder(HERE, shapes({'decoder': {'kernel': (2,)}}, {'ctc': {'kernel': (3, 9)}}))

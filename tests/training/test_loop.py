@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from bigssl_jax.parallel import make_mesh
+from bigssl_jax.parallel.fingerprint import fingerprint
 from bigssl_jax.training import loop
-from bigssl_jax.training.checkpoint import Checkpointer, tree_hash
+from bigssl_jax.training.checkpoint import Checkpointer
 from bigssl_jax.training.loop import LoopSettings, Run, TrainingFailed, train
 from bigssl_jax.training.optimizers import GROUP_DEFAULTS, make_optimizer, make_schedules
 from bigssl_jax.training.signals import Stopped, StopRequest
@@ -132,7 +133,7 @@ def test_a_run_that_broke_off_resumes_at_its_checkpoint_to_the_same_bits(tmp_pat
     resumed = Toy()
     state = go(tmp_path / 'broken', resumed)
     assert resumed.asked[0] == broken_at // 5 * 5
-    assert tree_hash(state) == tree_hash(whole)
+    assert fingerprint(state) == fingerprint(whole)
     # The lines after the restored step were dropped and written again, none is missing or double.
     assert [x['step'] for x in log(tmp_path / 'broken')] == [
         x['step'] for x in log(tmp_path / 'whole')
@@ -146,7 +147,7 @@ def test_a_finished_run_asks_for_no_batch(tmp_path):
     stream = Toy()
     again = go(tmp_path / 'a', stream)
     assert stream.asked == []
-    assert tree_hash(again) == tree_hash(first)
+    assert fingerprint(again) == fingerprint(first)
 
 
 def test_a_stop_request_saves_raises_and_the_same_call_continues(tmp_path):
@@ -160,7 +161,7 @@ def test_a_stop_request_saves_raises_and_the_same_call_continues(tmp_path):
         go(tmp_path / 'a', Toy(at=ask), stop=stop)
     assert saved(tmp_path / 'a')[-1] == 7
     stream = Toy()
-    assert tree_hash(go(tmp_path / 'a', stream)) == tree_hash(whole)
+    assert fingerprint(go(tmp_path / 'a', stream)) == fingerprint(whole)
     assert stream.asked[0] == 7
 
 
