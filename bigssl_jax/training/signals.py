@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT finish the step, save, and stop; a second one stops at once."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 
@@ -22,7 +23,8 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.requested = True
-        print('\nstopping after this step (again: at once) ...', flush=True)
+        # Not print: the signal may have come in the middle of one, which cannot be entered again.
+        os.write(1, b'\nstopping after this step (again: at once) ...\n')
 
 
 @contextlib.contextmanager
