@@ -12,6 +12,8 @@ HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 CONFIG ?= experiments/quickstart.py
 # Your own speech instead of the quickstart corpus: CORPUS=manifest.jsonl make quickstart
 CORPUS ?=
+# Fields to change, for example: make quickstart ARGS=--config.selections.labelled.hours=0.05
+ARGS ?=
 WORKDIR ?= runs/$(if $(CORPUS),quickstart-own,quickstart)
 # Arguments for pytest, for example: make test TESTS=tests/models
 TESTS ?=
@@ -44,7 +46,8 @@ install: .venv/installed
 	@touch $@
 
 quickstart: .venv/installed
-	$(HUGE_PAGES) $(BIN)/bigssl run --config $(CONFIG)$(if $(CORPUS),:$(CORPUS)) --workdir $(WORKDIR)
+	$(HUGE_PAGES) $(BIN)/bigssl run --config $(CONFIG)$(if $(CORPUS),:$(CORPUS)) --workdir $(WORKDIR) \
+		$(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)

@@ -30,8 +30,10 @@ def get_config(manifest: str = '') -> ml_collections.ConfigDict:
     """The quickstart's config.
 
     Args:
-      manifest: a JSON Lines or TSV manifest to use instead of the quickstart corpus; splits that
-        it does not name are drawn by group, speaker or id.
+      manifest: a JSON Lines or TSV manifest to use instead of the quickstart corpus: lines of up to
+        six seconds, more than ten minutes of them with transcripts (or set
+        selections.labelled.hours lower) and others beside these.  Splits that it does not name are
+        drawn by group, and without groups line by line.
     """
     config = ml_collections.ConfigDict()
     config.name = 'quickstart'
@@ -39,7 +41,7 @@ def get_config(manifest: str = '') -> ml_collections.ConfigDict:
     config.encoder = {'preset': 'tiny', 'dropout': 0.1}
     config.compute = {'expected_speed': 180.0}
     if manifest:
-        config.corpora = {'speech': {'manifest': manifest, 'split_by': 'speaker'}}
+        config.corpora = {'speech': {'manifest': manifest, 'split_by': 'group'}}
         config.selections = selections('speech', 'speech', {})
     else:
         # One voice with labels, because one voice can be learnt in minutes; all forty characters of

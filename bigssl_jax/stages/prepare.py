@@ -32,6 +32,7 @@ STATISTICS_BATCH = 16
 def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     """Makes what is missing; returns (outputs, results) for done.json."""
     corpora = prepare_corpora(context)
+    selections = selection_sizes(context)
     tokenizer = train_text_model(context)
     statistics = measure_features(context)
     outputs = {
@@ -44,7 +45,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
         'corpora': corpora,
         'tokenizer': tokenizer,
         'statistics': statistics,
-        'selections': selection_sizes(context),
+        'selections': selections,
     }
 
 
@@ -276,15 +277,23 @@ def feature_totals(corpus: Any, rows: np.ndarray, audio: AudioConfig) -> Statist
 
 
 def selection_sizes(context: Context) -> dict[str, dict[str, float]]:
-    """Utterances and hours of every named selection, for the report."""
+    """Utterances and hours of every named selection, for the report.
+
+    Raises:
+      DataError: one is empty: a stage would find out hours later.
+    """
     from bigssl_jax.data.corpus import Corpus
+    from bigssl_jax.data.errors import DataError
     from bigssl_jax.data.selection import select
 
     sizes = {}
     for name in context.config['selections']:
         spec = context.selection(name)
         corpus = Corpus.open(spec['corpus'])
-        rows = select(corpus, spec)
+        try:
+            rows = select(corpus, spec)
+        except DataError as error:
+            raise DataError(f'selections.{name}: {error}') from error
         seconds = float(corpus.sample_counts[rows].sum()) / corpus.sample_rate
         sizes[name] = {'utterances': len(rows), 'hours': round(seconds / 3600, 3)}
     return sizes

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bigssl_jax.config import config_hash
+from bigssl_jax.config import UserError, config_hash
 from bigssl_jax.data.label_filters import filter_labels, keep_mask
 from bigssl_jax.data.label_sets import LabelSet, LabelWriter
 from bigssl_jax.data.stream import Stream, one_pass
@@ -60,7 +60,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
         'utterances': labels.num_rows,
         'hours': round(labels.hours, 3),
         'rtfx': round(heard / max(time.monotonic() - started, 1e-9), 1),
-        **_kept(labels, fields['filter']),
+        **kept_labels(labels, fields['filter']),
     }
     quality = measure_quality(context, labels, whole)
     if quality is not None:
@@ -85,11 +85,21 @@ def _columns(found: list[Hypothesis], stream: Stream) -> dict[str, list]:
     }
 
 
-def _kept(labels: LabelSet, steps: Any) -> dict[str, Any]:
+def kept_labels(labels: LabelSet, steps: Any) -> dict[str, Any]:
     """What the stage's filter would keep; the student's stream applies the same steps itself."""
     if steps is None:
         return {'kept_hours': round(labels.hours, 3), 'filter': []}
     result = filter_labels(labels, steps)
+    if not result.keep.any():
+        removed = ', '.join(
+            f'{step["removed_rows"]} by {step["kind"]!r}'
+            for step in result.report
+            if step['removed_rows']
+        )
+        raise UserError(
+            f'the filter leaves none of {labels.num_rows} labels ({removed}); train the teacher on'
+            ' more labels or for more steps (an untrained one writes nothing), or loosen the filter'
+        )
     return {'kept_hours': round(result.kept_hours, 3), 'filter': result.report}
 
 

@@ -80,9 +80,19 @@ def test_seen_lines_and_lines_without_text_can_be_left_out(make_corpus):
     [
         ({'speeker': ['s1']}, ConfigError, 'unknown config field selection.speeker: did you mean'),
         ({'speakers': ['s9']}, DataError, "no utterance has speaker 's9'; there are 's0', 's1'"),
-        ({'hours': 5}, DataError, r'hours is 5, the rest of the selection holds 0.0\d+ h'),
+        ({'hours': 5}, DataError, r'hours is 5, the other fields leave 0.0\d+ h'),
         ({'hours': -1.0}, ConfigError, 'hours is -1.0; it must be a number >= 0'),
-        ({'min_seconds': 50.0}, DataError, 'no utterance fits the selection'),
+        ({'min_seconds': 50.0}, DataError, 'selection: 100 in all, 0 with min_seconds=50.0$'),
+        (
+            {'splits': ['dev']},
+            DataError,
+            "has split 'dev'; there are 'test', 'train'; name `split`",
+        ),
+        (
+            {'splits': ['test'], 'unseen': True, 'max_seconds': 0.1, 'hours': 1.0},
+            DataError,
+            r"100 in all, 0 with max_seconds=0.1, 0 with splits=\['test'\], 0 with unseen=True$",
+        ),
         ({'exclude': ['other']}, ConfigError, 'other'),
         ({'splits': []}, ConfigError, 'must be a list of strings'),
     ],
