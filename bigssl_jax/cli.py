@@ -2,6 +2,7 @@
 
     bigssl run         a recipe: pre-train, fine-tune, pseudo-label, self-train, evaluate
     bigssl sweep       a recipe with many configs; one table of the results
+    bigssl plan        what a recipe costs on TPU pods, without one
     bigssl prepare     a manifest or a TFDS builder into an indexed corpus
     bigssl inspect     what a corpus holds
     bigssl transcribe  audio files into text
@@ -26,7 +27,6 @@ import os
 import pathlib
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
@@ -107,15 +107,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('--version', action='version', version=f'bigssl-jax {__version__}')
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
-    for add in (
-        _add_run,
-        _add_sweep,
-        _add_prepare,
-        _add_inspect,
-        _add_transcribe,
-        _add_score,
-        _add_report,
-    ):
+    with_config = (_add_run, _add_sweep, _add_plan)
+    for add in (*with_config, _add_prepare, _add_inspect, _add_transcribe, _add_score, _add_report):
         add(verbs)
     return parser
 
@@ -183,13 +176,13 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         return _check_run(options)
     from bigssl_jax.evaluation.report import write_report
     from bigssl_jax.evaluation.results_table import print_result_table
-    from bigssl_jax.stages import schema
+    from bigssl_jax.stages import artefacts, schema
     from bigssl_jax.stages.recipe import run_recipe
     from bigssl_jax.training.signals import Stopped
 
     config = _load_experiment(options)
     schema.resolve(config)  # what the overrides made of it, before anything is written
-    check_writable(options.workdir)
+    artefacts.check_writable(options.workdir)
     try:
         result = run_recipe(config, options.workdir, stages=_stage_names(options))
     except Stopped as stopped:
@@ -228,26 +221,8 @@ def _load_experiment(options: argparse.Namespace) -> Any:
     return apply_overrides(config, options.overrides, schema.resolve(config))
 
 
-def check_writable(directory: str) -> None:
-    """Creates `directory` and proves that files can be written there, before any work is done.
-
-    Raises:
-      ConfigError: it cannot be created or written.
-    """
-    from bigssl_jax.config import ConfigError
-
-    try:
-        pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as file:
-            file.write(b'\0')
-    except OSError as error:
-        raise ConfigError(
-            f'--workdir {directory!r} cannot be written ({error.strerror}); name another folder'
-        ) from error
-
-
 # ---------------------------------------------------------------------------------------------
-# sweep
+# sweep, plan
 
 
 def _add_sweep(verbs: Any) -> None:
@@ -306,6 +281,32 @@ def _sweep(options: argparse.Namespace) -> dict[str, Any]:
             sys.exit(_say(f'{unfinished} runs to do; the same command continues', EXIT_STOPPED))
         sys.exit(_say(f'{failed} runs failed; --retry starts them again', EXIT_USER_ERROR))
     return result
+
+
+def _add_plan(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs,
+        'plan',
+        'Plan a recipe on TPU pods.  Memory, FLOPs, chip-hours of its very steps, without a TPU.',
+        '  bigssl plan --config experiments/bigssl_g.py --topology v5e-256,v5p-128,2xv5e-256',
+        _plan,
+    )
+    _add_config(verb)
+    verb.add_argument('--topology', required=True, metavar='A,B', help='slices, by cloud names')
+    verb.add_argument('--stage', metavar='NAME', help='only this stage of the recipe')
+    choice = verb.add_mutually_exclusive_group()
+    choice.add_argument('--quick', action='store_true', help='compile what is configured, no more')
+    choice.add_argument('--search', action='store_true', help='also the best batch, remat and mesh')
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any]:
+    from bigssl_jax.parallel.topologies import configure_ahead_of_time
+
+    configure_ahead_of_time()
+    from bigssl_jax.stages.plan import plan_command
+
+    extent = 'search' if options.search else 'quick' if options.quick else 'usual'
+    return plan_command(_load_experiment(options), options.topology, options.stage, extent)
 
 
 # ---------------------------------------------------------------------------------------------

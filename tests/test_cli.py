@@ -14,7 +14,7 @@ from bigssl_jax import cli
 from bigssl_jax.config import ConfigError
 from bigssl_jax.overrides import apply_overrides
 
-VERBS = ('run', 'sweep', 'prepare', 'inspect', 'transcribe', 'score', 'report')
+VERBS = ('run', 'sweep', 'plan', 'prepare', 'inspect', 'transcribe', 'score', 'report')
 FIELDS = {
     'seed': 0,
     'recipe': ('a', 'b'),

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,22 @@ def write_json(path: pathlib.Path, value: Any) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f'cannot write {path}: {error.strerror or error}') from error
+
+
+def check_writable(directory: str) -> None:
+    """Creates `directory` and proves that files can be written there, before any work is done.
+
+    Raises:
+      ConfigError: it cannot be created or written.
+    """
+    try:
+        pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b'\0')
+    except OSError as error:
+        raise ConfigError(
+            f'--workdir {directory!r} cannot be written ({error.strerror}); name another folder'
+        ) from error
 
 
 def read_json(path: pathlib.Path) -> Any:

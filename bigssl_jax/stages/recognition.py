@@ -83,7 +83,7 @@ class Recogniser:
         tokenizer: Tokenizer,
         mesh: jax.sharding.Mesh,
     ):
-        self._decode = _decoder(encoder, audio, head)
+        self._decode = decoder(encoder, audio, head)
         self._params, self._constants, self._mesh = params, constants, mesh
         self._tokenizer = tokenizer
 
@@ -137,7 +137,7 @@ class Recogniser:
 
 
 @functools.lru_cache(maxsize=16)
-def _decoder(encoder: ConformerConfig, audio: AudioConfig, head: CTC) -> Callable[..., Any]:
+def decoder(encoder: ConformerConfig, audio: AudioConfig, head: CTC) -> Callable[..., Any]:
     """One jitted decoder for every model of the same shape."""
 
     @jax.jit

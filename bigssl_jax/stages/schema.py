@@ -54,6 +54,8 @@ EXPERIMENT: dict[str, Any] = {
         'tensorboard': True,
         # Seconds of audio a core trains on in a second, for the time left before it is measured.
         'expected_speed': 60.0,
+        # Stage -> hours of one pass over its data, for `bigssl plan`; 0: not known.
+        'pass_hours': {},
     },
     'stages': {},
     'recipe': (),
@@ -164,6 +166,9 @@ def resolve(config: Any) -> dict[str, Any]:
         if kind == 'pseudo_label':
             _check_filter(f'stages.{name}.filter', stages[name]['filter'], name)
     resolved['stages'] = stages
+    compute = resolved['compute']
+    unknown = {name: 0.0 for name, stage in stages.items() if stage['kind'] != 'evaluate'}
+    compute['pass_hours'] = merge('compute.pass_hours', unknown, compute['pass_hours'])
     _check_references(resolved)
     return resolved
 
