@@ -2,7 +2,7 @@
 
     bigssl run --config experiments/study.py --workdir runs/study
 
-Pre-trains on every recorded set that installs (about 13 hours in fourteen languages), fine-tunes on
+Pre-trains on every recorded set that installs (about 14 hours in fifteen languages), fine-tunes on
 half an hour of one voice, labels the rest of that voice, trains a student, and scores on held-out
 scenes and on telephone prompts whose voice and domain no stage has heard.
 
