@@ -42,6 +42,8 @@ SIZES = {
     'g': {'preset': 'G', 'batch_seconds': 61440.0, 'algorithm': 'adafactor', 'pieces': 4096},
 }
 OBJECTIVES = ('wav2vec2', 'best_rq')
+# For `bigssl plan`: "approximately a million hours" [paper], 500k of them labelled [recalled].
+PASS_HOURS = {'pretrain': 1e6, 'labels': 5e5, 'upstream': 5e5}
 MAX_SECONDS = 30.0  # [ours]; the paper's cap is unknown
 # Rows of every batch divide by this, so that a run may go on on any mesh up to 256 devices.
 ROWS_MULTIPLE = 256
@@ -57,7 +59,10 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
     config.encoder = {'preset': given['preset'], 'dropout': 0.1}
     # Parameters over 16 neighbouring chips, the batch over all: beyond 16, gathers cost more than
     # they save (docs/plans.md).
-    config.compute = {'mesh': {'slice': 1, 'data': -1, 'fsdp': 16, 'tensor': 1}}
+    config.compute = {
+        'mesh': {'slice': 1, 'data': -1, 'fsdp': 16, 'tensor': 1},
+        'pass_hours': {name: PASS_HOURS[name] for name in VARIANTS[variant] if name in PASS_HOURS},
+    }
     config.corpora = {
         'unlabelled': {'manifest': 'data/unlabelled.jsonl'},
         'labelled': {'manifest': 'data/labelled.jsonl'},
