@@ -1,4 +1,19 @@
-"""TBD"""
+"""BigSSL G: 7.8 billion parameters (36 x 3072, 16 heads), as supervised baseline, P, PS or NST.
+
+    bigssl plan --config experiments/bigssl_g.py --topology v5e-256
+    bigssl run --config experiments/bigssl_g.py:variant=ps --workdir /mnt/bucket/g-ps \\
+        --config.corpora.unlabelled.manifest=... --config.corpora.labelled.manifest=...
+
+Plan (docs/plans.md, `bigssl plan`; the compiler's figures, nothing was run): pre-training, 2,048
+x 30 s a step, on v5e-256 (data 16 x fsdp 16) peaks at 9.0 of 15.75 GiB a chip; 73.6 PFLOP a step,
+at least 1.95 s, at most 75 % MFU; 900,000 hours take at least 7,300 chip-hours.
+
+Known of the paper's setting: "8 billion" [paper]. Recalled: layers, width and heads, 400 ms
+spans, linear targets, peak rate 2e-3, 25k warm-up, clipping at 20, no EMA in pre-training,
+Adafactor. Unknown: convolution norm, relative attention (here: none), batch, steps, word-pieces,
+mesh, dropout, hardware. bigssl.py says where each setting comes from, and what is not as in the
+paper.
+"""
 
 import pathlib
 
