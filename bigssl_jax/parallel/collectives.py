@@ -191,9 +191,9 @@ def device_groups(attributes: str, num_devices: int) -> np.ndarray:
     Raises:
       ValueError: the attributes hold no groups of a known form.
     """
-    if pairs := re.search(r'source_target_pairs=\{(.*?\})\}', attributes):
-        listed = _listed(pairs[1])
-        return listed[listed[:, 0] != listed[:, 1]].reshape(-1, 2)
+    if pairs := re.search(r'source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}', attributes):
+        listed = _listed(pairs[1]).astype(int).reshape(-1, 2)  # there may be none
+        return listed[listed[:, 0] != listed[:, 1]]
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\{((?:'[^}]*)?)\}", attributes):
         return _mesh_groups(mesh[1], mesh[2], mesh[3], num_devices)
     iota = r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?'

@@ -112,6 +112,7 @@ def test_text_that_is_no_program_is_refused():
             [[0, 1, 2, 3], [4, 5, 6, 7]],
         ),
         ('source_target_pairs={{0,1},{1,0},{2,2}}, x', [[0, 1], [1, 0]]),
+        ('source_target_pairs={}, backend_config={"a":{"b":{}}}', np.zeros((0, 2))),
     ],
 )
 def test_groups_in_all_the_ways_that_they_are_written(attributes, groups):
