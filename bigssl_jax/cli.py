@@ -9,19 +9,13 @@
     bigssl score       WER and CER of hypotheses against references
     bigssl report      one HTML page from a run's workdir
 
-Exit codes:
-  0    done
-  1    a defect of ours: the traceback says where
-  2    something the user can mend, said in one line on standard error
-  75   asked to stop (SIGTERM, Ctrl-C) in training: state saved, the same command continues
-  130  Ctrl-C outside training, 143 SIGTERM outside training: the same command continues
+Exit codes stand in exits.py.
 
 Nothing heavy is imported before a verb runs: `bigssl --help` must answer at once, and what JAX
 reads from the environment has to be set before its first import.
 """
 
 import argparse
-import errno
 import json
 import os
 import pathlib
@@ -32,15 +26,7 @@ from types import FrameType
 from typing import Any
 
 from bigssl_jax import __version__
-
-EXIT_DEFECT = 1
-EXIT_USER_ERROR = 2
-EXIT_STOPPED = 75
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
-
-# Conditions of the machine, not of the program: a full or read-only disk, missing permission.
-_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+from bigssl_jax.exits import EXIT_STOPPED, EXIT_TERMINATED, EXIT_USER_ERROR, exit_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,9 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: the words after `bigssl`; default: those of this process.
 
     Returns:
-      The exit code (see the head of this file).
+      The exit code (see exits.py).
     """
-    from bigssl_jax.config import UserError
     from bigssl_jax.overrides import collect_overrides
 
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -68,17 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write_json(result, options.json)
         sys.stdout.flush()
         return 0
-    except UserError as error:
-        return _say(str(error), EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        return _say('interrupted; the same command continues', EXIT_INTERRUPTED)
     except BrokenPipeError:  # `bigssl ... | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno not in _MENDABLE:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        code, line = exit_of(error)
+        if not line:
             raise
-        return _say(f'{error.filename or "writing"}: {error.strerror}', EXIT_USER_ERROR)
+        return _say(line, code)
 
 
 def _say(message: str, code: int) -> int:
@@ -162,31 +146,44 @@ def _add_config(verb: Any) -> None:
     )
 
 
-def _run(options: argparse.Namespace) -> dict[str, Any]:
+def _run(options: argparse.Namespace) -> dict[str, Any] | None:
     from bigssl_jax.config import ConfigError
+    from bigssl_jax.parallel.distributed import finish, is_primary, leave, start_distributed
     from bigssl_jax.parallel.startup import configure_platform
 
-    configure_platform()
     if '://' in options.workdir:
         raise ConfigError(
             f'--workdir {options.workdir!r} is no folder; mount the bucket (gcsfuse) and name the'
             ' folder where it is mounted'
         )
     if options.check:
+        configure_platform()
         return _check_run(options)
+    start_distributed()
+    try:
+        result = _run_recipe(options)
+        finish()
+    except BaseException as error:
+        leave(error, *exit_of(error))  # returns for a single process
+        raise
+    if not is_primary():
+        options.json = None
+    return result
+
+
+def _run_recipe(options: argparse.Namespace) -> dict[str, Any]:
     from bigssl_jax.evaluation.report import write_report
     from bigssl_jax.evaluation.results_table import print_result_table
+    from bigssl_jax.parallel.distributed import is_primary
     from bigssl_jax.stages import artefacts, schema
     from bigssl_jax.stages.recipe import run_recipe
-    from bigssl_jax.training.signals import Stopped
 
     config = _load_experiment(options)
     schema.resolve(config)  # what the overrides made of it, before anything is written
     artefacts.check_writable(options.workdir)
-    try:
-        result = run_recipe(config, options.workdir, stages=_stage_names(options))
-    except Stopped as stopped:
-        sys.exit(_say(str(stopped), EXIT_STOPPED))
+    result = run_recipe(config, options.workdir, stages=_stage_names(options))
+    if not is_primary():
+        return result
     print_result_table(options.workdir)
     page = write_report(options.workdir)
     print(f'report: {page}')

@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     'evaluation': _MODEL | {'objectives', 'decoding'},
     'data': {'config'},
     'stages': _MODEL | {'objectives', 'decoding', 'training', 'evaluation', 'data'},
-    'cli': _BOTTOM | {'stages', 'training', 'evaluation', 'data'},
+    'exits': {'config', 'training'},
+    'cli': _BOTTOM | {'exits', 'stages', 'training', 'evaluation', 'data'},
     '__init__': set(),
     '__main__': {'cli'},
 }

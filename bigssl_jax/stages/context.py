@@ -9,6 +9,8 @@ import jax
 
 from bigssl_jax.config import ConfigError, config_hash
 from bigssl_jax.parallel import batch_parts
+from bigssl_jax.parallel.distributed import process_index
+from bigssl_jax.parallel.watchdog import Watchdog
 from bigssl_jax.stages import artefacts, schema
 from bigssl_jax.training.signals import StopRequest
 
@@ -94,14 +96,19 @@ class Context:
             'multiple_of': self._rows_multiple(fields['rows_multiple']),
         }
 
-    def pass_config(self, selection: str) -> dict[str, Any]:
-        """The stream config of one pass over a selection, for labelling and evaluation."""
+    def watchdog(self) -> Watchdog:
+        """A watchdog over this process's part of the stage."""
+        stacks = self.directory / f'stacks-process{process_index()}.txt'
+        return Watchdog(self.name, self.config['compute']['watchdog_minutes'], stacks)
+
+    def pass_config(self, selection: str, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
+        """The stream config of one pass over a selection, on `mesh` or that of the stage."""
         fields = self.fields
         return {
             'sources': {selection: {'selection': self.selection(selection), 'labels': None}},
             'batch_seconds': fields.get('batch_seconds', 128.0),
             'num_buckets': fields.get('num_buckets', 6),
-            'multiple_of': batch_parts(self.mesh),
+            'multiple_of': batch_parts(mesh or self.mesh),
         }
 
     def _rows_multiple(self, wanted: int) -> int:
@@ -118,7 +125,29 @@ class Context:
                 f' {needed} ({batch_parts(self.mesh)} parts of the mesh x {pieces} micro-batches);'
                 f' set it to a multiple of {needed}, or choose another mesh'
             )
-        return wanted or needed
+        began = None if wanted else self._began_with()
+        if began and began % needed:
+            raise ConfigError(
+                f'{self.directory} holds training with batches of a multiple of {began} utterances,'
+                f' which do not divide by {needed} ({batch_parts(self.mesh)} parts of the mesh x'
+                f' {pieces} micro-batches); continue on a number of devices that divides {began},'
+                ' or delete that folder, and set rows_multiple of its streams to a multiple of both'
+            )
+        return wanted or began or needed
+
+    def _began_with(self) -> int | None:
+        """What batches were a multiple of when the training began that checkpoints continue.
+
+        Without it, another number of devices could mean other sizes of batches: another stream.
+        """
+        record = artefacts.read_json(self.directory / 'batches.json')
+        saved = any((self.directory / 'checkpoints').glob('[0-9]*'))
+        return record['rows_multiple'] if record and saved else None
+
+    def remember_batches(self) -> None:
+        """Notes what batches are a multiple of, for a run that continues on other devices."""
+        multiple = self._rows_multiple(0)
+        artefacts.write_json(self.directory / 'batches.json', {'rows_multiple': multiple})
 
     def input_hashes(self) -> dict[str, str]:
         """Hashes of the finished stages that this one is made from."""

@@ -10,6 +10,7 @@ from bigssl_jax.data.text import normalise_text
 from bigssl_jax.evaluation.clips import choose_clips, write_clips
 from bigssl_jax.evaluation.score import compare_texts, score_texts
 from bigssl_jax.evaluation.wer import count_errors
+from bigssl_jax.parallel.distributed import batch_slice, is_primary
 from bigssl_jax.stages import artefacts
 from bigssl_jax.stages.context import Context
 from bigssl_jax.stages.model import load_model
@@ -17,7 +18,10 @@ from bigssl_jax.stages.recognition import Recogniser
 
 
 def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Scores every model on every set; returns (outputs, results) for done.json."""
+    """Scores every model on every set; returns (outputs, results) for done.json.
+
+    Several processes decode each batch together, and the first one scores.
+    """
     fields = context.fields
     models = {name: load_model(context.workdir / name) for name in fields['models']}
     scores: dict[str, Any] = {}
@@ -26,12 +30,14 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     for set_name in fields['sets']:
         lines: dict[str, list[dict[str, Any]]] = {}
         for name, model in models.items():
-            stream = one_pass(context.pass_config(set_name))
+            stream = one_pass(context.pass_config(set_name), *batch_slice(context.mesh))
             lines[name] = transcribe_set(
                 Recogniser.of_model(model, context.mesh),
                 stream,
                 context.config['tokenizer']['normaliser'],
             )
+        if not is_primary():
+            continue
         scores[set_name] = {name: _score(context, lines[name]) for name in models}
         for first, second in fields['compare']:
             comparisons.append(
@@ -47,6 +53,8 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
         outputs[path.name] = artefacts.file_hash(path)
         last = lines[fields['models'][-1]]
         _clips(context, set_name, context.selection(set_name)['corpus'], last)
+    if not is_primary():
+        return {}, {}
     artefacts.write_json(context.directory / 'scores.json', scores)
     artefacts.write_json(context.directory / 'comparisons.json', comparisons)
     results = {

@@ -5,6 +5,7 @@ from typing import Any
 from bigssl_jax.data.stream import one_pass
 from bigssl_jax.data.tokenizer import Tokenizer
 from bigssl_jax.evaluation import cer, wer
+from bigssl_jax.parallel.distributed import batch_slice
 from bigssl_jax.stages.context import Context
 from bigssl_jax.stages.evaluate import transcribe_set
 from bigssl_jax.stages.recognition import Recogniser
@@ -17,7 +18,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fine-tunes; returns (outputs, results) for done.json."""
     if not context.fields['dev']:
         return run_training(context)
-    stream = one_pass(context.pass_config(context.fields['dev']))
+    stream = one_pass(context.pass_config(context.fields['dev']), *batch_slice(context.mesh))
     tokenizer = Tokenizer(context.tokenizer_path)
     normaliser = context.config['tokenizer']['normaliser']
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from bigssl_jax.audio import AudioConfig, Statistics, feature_statistics, frame_mask, log_mel
+from bigssl_jax.parallel.distributed import is_primary
 from bigssl_jax.parallel.startup import cpu_cores
 from bigssl_jax.stages import artefacts
 from bigssl_jax.stages.context import Context
@@ -30,7 +31,12 @@ STATISTICS_BATCH = 16
 
 
 def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Makes what is missing; returns (outputs, results) for done.json."""
+    """Makes what is missing; returns (outputs, results) for done.json.
+
+    Of several processes the first does it; the others wait for the end of the stage.
+    """
+    if not is_primary():
+        return {}, {}
     corpora = prepare_corpora(context)
     selections = selection_sizes(context)
     tokenizer = train_text_model(context)

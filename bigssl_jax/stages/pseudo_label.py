@@ -4,6 +4,9 @@ The selection is cut into parts; each part becomes one Parquet file, written ato
 set becomes visible when all are there.  The teacher hears the audio as it is: no augmentation.
 Where the corpus happens to know the truth, `quality.json` says how good the labels are; the truth
 is never used for anything else.
+
+Several processes share the parts out, and each labels its own with a teacher on its own devices:
+nobody waits for anybody until all parts are there.
 """
 
 import time
@@ -17,6 +20,15 @@ from bigssl_jax.data.label_sets import LabelSet, LabelWriter
 from bigssl_jax.data.stream import Stream, one_pass
 from bigssl_jax.data.text import normalise_text
 from bigssl_jax.evaluation.confidence import label_quality
+from bigssl_jax.parallel.distributed import (
+    WORK_SECONDS,
+    from_primary,
+    gather,
+    is_primary,
+    local_mesh,
+    process_count,
+    process_index,
+)
 from bigssl_jax.stages import artefacts
 from bigssl_jax.stages.context import Context
 from bigssl_jax.stages.model import load_model
@@ -31,8 +43,11 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     """Labels the stage's selection; returns (outputs, results) for done.json."""
     fields = context.fields
     teacher = load_model(context.workdir / fields['teacher'])
-    recogniser = Recogniser.of_model(teacher, context.mesh)
-    config = context.pass_config(fields['selection'])
+    mesh = context.mesh
+    if process_count() > 1:
+        mesh = local_mesh(context.config['compute']['mesh'])
+    recogniser = Recogniser.of_model(teacher, mesh)
+    config = context.pass_config(fields['selection'], mesh)
     whole = one_pass(config)
     hours = sum(whole.sources[0].lengths[np.arange(len(whole.sources[0]))]) / 16000 / 3600
     num_parts = max(1, round(hours / PART_HOURS))
@@ -45,16 +60,27 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     writer = LabelWriter(context.directory / 'labels', key, num_parts)
     started, heard = time.monotonic(), 0.0
     progress = Progress(context.name, num_parts, unit='part')
-    for part in writer.missing():
-        if context.stop.requested:
-            raise Stopped(f'{context.name} stopped before part {part}; the same command continues')
-        stream = one_pass(config, part=(part, num_parts))
-        with stream.batches(0) as batches:
-            found = sorted(recogniser.recognise(batches), key=lambda h: h.utterance)
-        writer.write(part, _columns(found, stream))
-        heard += sum(h.seconds for h in found)
-        rtfx = heard / (time.monotonic() - started)
-        progress.show(part + 1, None, rtfx, PART_HOURS * 3600)
+    # The first process says what is missing: another may already be writing its first part.
+    missing = from_primary(f'{context.name}: missing', writer.missing())
+    with context.watchdog() as watchdog:
+        for part in missing[process_index() :: process_count()]:
+            if context.stop.requested:
+                raise Stopped(
+                    f'{context.name} stopped before part {part}; the same command continues'
+                )
+            stream = one_pass(config, part=(part, num_parts))
+            found = []
+            with stream.batches(0) as batches:
+                for hypothesis in recogniser.recognise(batches):
+                    found.append(hypothesis)
+                    watchdog.feed()
+            writer.write(part, _columns(sorted(found, key=lambda h: h.utterance), stream))
+            heard += sum(h.seconds for h in found)
+            rtfx = heard / (time.monotonic() - started)
+            progress.show(part + 1, None, rtfx, PART_HOURS * 3600)
+    heard = sum(gather(f'{context.name}: seconds', heard, WORK_SECONDS))
+    if not is_primary():
+        return {}, {}
     labels = writer.finish({'teacher': str(fields['teacher']), 'decoder': DECODER})
     results = {
         'utterances': labels.num_rows,

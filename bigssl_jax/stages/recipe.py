@@ -3,10 +3,14 @@
 Each stage is a module with `run(context) -> (outputs, results)`.  The recipe checks the whole
 config and every existing folder before any work, skips what is done, and writes `done.json` when a
 stage returns.
+
+Several processes run the same stages together.  What is read to decide and what is written once is
+process 0's business: the others wait for it, and when it fails, they end with its reason.
 """
 
 import datetime
 import importlib
+import json
 import os
 import pathlib
 import platform
@@ -19,12 +23,25 @@ import jax
 import bigssl_jax
 from bigssl_jax.config import ConfigError, UserError, config_hash, unknown_field
 from bigssl_jax.parallel import make_mesh
+from bigssl_jax.parallel.distributed import (
+    WORK_SECONDS,
+    ProcessesDisagree,
+    barrier,
+    from_primary,
+    gather,
+    is_primary,
+    process_count,
+    process_index,
+    say,
+)
 from bigssl_jax.parallel.startup import cpu_cores, enable_compilation_cache
 from bigssl_jax.stages import artefacts, schema
 from bigssl_jax.stages.context import Context
 from bigssl_jax.stages.shared_encoder import check_shared_encoder
 from bigssl_jax.training.metrics import clock
 from bigssl_jax.training.signals import stop_on_signals
+
+SEEN_SECONDS = 60.0  # a network file system may show another machine's file that late
 
 
 def run_recipe(
@@ -38,7 +55,8 @@ def run_recipe(
       stages: only these (their inputs must be done); default: the whole recipe.
 
     Returns:
-      {'name', 'workdir', 'config_hash', 'stages': {stage: results}, 'ran': stages that had work}.
+      {'name', 'workdir', 'config_hash', 'stages': {stage: results}, 'ran': stages that had work};
+      `stages` in process 0 alone.
 
     Raises:
       UserError: a bad config, a workdir of another config, unusable data.
@@ -47,17 +65,22 @@ def run_recipe(
     resolved = schema.resolve(config)
     workdir = pathlib.Path(workdir).absolute()
     wanted = wanted_stages(resolved, stages)
+    _check_same({'config': config_hash(resolved), '--stages': wanted, '--workdir': str(workdir)})
     contexts = {name: _check(resolved, workdir, name) for name in wanted}
-    artefacts.write_json(
-        workdir / 'config.json',
-        {
-            'config': resolved,
-            'hash': config_hash(resolved),
-            'version': bigssl_jax.__version__,
-            'machine': machine_class(),
-        },
+    if is_primary():
+        artefacts.write_json(
+            workdir / 'config.json',
+            {
+                'config': resolved,
+                'hash': config_hash(resolved),
+                'version': bigssl_jax.__version__,
+                'machine': machine_class(),
+            },
+        )
+    pending = from_primary(
+        'pending', [name for name in wanted if artefacts.read_done(workdir / name) is None]
     )
-    pending = [name for name in wanted if artefacts.read_done(workdir / name) is None]
+    _check_shared(workdir, resolved)
     if pending:
         cache = resolved['compute']['compilation_cache'] or str(workdir / 'compilation_cache')
         enable_compilation_cache(cache)
@@ -76,9 +99,9 @@ def run_recipe(
     else:
         for name in wanted:
             _check_current(workdir, name)
-        print(f'all {len(wanted)} stages of {resolved["name"]!r} are done: {", ".join(wanted)}')
+        say(f'all {len(wanted)} stages of {resolved["name"]!r} are done: {", ".join(wanted)}')
     results = {}
-    for name in wanted:
+    for name in wanted if is_primary() else ():
         done = artefacts.read_done(workdir / name)
         results[name] = done['results'] if done else None
     return {
@@ -112,8 +135,36 @@ def _check(config: Mapping[str, Any], workdir: pathlib.Path, name: str) -> dict[
     return {'config': config, 'workdir': workdir, 'name': name}
 
 
+def _check_same(given: Mapping[str, Any]) -> None:
+    """Refuses processes that were not started with the same command."""
+    for what, values in given.items():
+        for process, value in enumerate(gather(f'same {what}', values)):
+            if value != json.loads(json.dumps(values)):
+                raise ProcessesDisagree(
+                    f'process {process} was started with another {what} than process'
+                    f' {process_index()}; give all processes the same command'
+                )
+
+
+def _check_shared(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Refuses a workdir in which a process does not see what process 0 has written."""
+    limit = time.monotonic() + SEEN_SECONDS
+    while not is_primary():
+        seen = artefacts.read_json(workdir / 'config.json')
+        if seen and seen['hash'] == config_hash(config):
+            return
+        if time.monotonic() > limit:
+            raise ProcessesDisagree(
+                f'--workdir {workdir} on process {process_index()} does not show what process 0'
+                ' has written there; name a folder on a file system that all processes share'
+            )
+        time.sleep(0.2)
+
+
 def _check_current(workdir: pathlib.Path, name: str) -> None:
     """Refuses a finished stage whose inputs have been made again, differently, since."""
+    if not is_primary():
+        return
     done = artefacts.read_done(workdir / name)
     assert done is not None
     for upstream, recorded in done['inputs'].items():
@@ -130,18 +181,21 @@ def _announce(config: Mapping[str, Any], pending: Sequence[str], wanted: Sequenc
     speed = config['compute']['expected_speed'] * cpu_cores()
     device = jax.devices()[0].platform
     about = f', about {clock(audio / speed)} of training' if device == 'cpu' and audio else ''
-    print(
+    together = f' of {process_count()} processes' if process_count() > 1 else ''
+    say(
         f'{config["name"]}: {len(pending)} of {len(wanted)} stages to do'
-        f' ({", ".join(pending)}){about} on {jax.device_count()} {device} devices',
-        flush=True,
+        f' ({", ".join(pending)}){about} on {jax.device_count()} {device} devices{together}'
     )
 
 
 def _run_stage(given: Mapping[str, Any]) -> None:
     name, config, workdir = given['name'], given['config'], given['workdir']
     context = Context(config, name, workdir, given['mesh'], given['stop'], given['later'])
-    inputs = {} if name == 'prepare' else _inputs(context)
-    artefacts.claim(context.directory, context.identity)
+    inputs = {}
+    if is_primary():
+        inputs = {} if name == 'prepare' else _inputs(context)
+        artefacts.claim(context.directory, context.identity)
+    barrier(f'{name} begins')
     kind = 'prepare' if name == 'prepare' else context.fields['kind']
     before = (artefacts.read_json(context.directory / 'elapsed.json') or {'seconds': 0.0})[
         'seconds'
@@ -151,14 +205,29 @@ def _run_stage(given: Mapping[str, Any]) -> None:
         outputs, results = importlib.import_module(f'bigssl_jax.stages.{kind}').run(context)
     finally:
         seconds = before + time.monotonic() - started
-        artefacts.write_json(context.directory / 'elapsed.json', {'seconds': round(seconds, 1)})
+        if is_primary():
+            artefacts.write_json(context.directory / 'elapsed.json', {'seconds': round(seconds, 1)})
+    if is_primary():
+        _write_done(context, kind, inputs, outputs, results, seconds)
+    barrier(f'{name} ends', WORK_SECONDS)
+    say(f'{name}: done in {clock(seconds)}')
+
+
+def _write_done(
+    context: Context,
+    kind: str,
+    inputs: Mapping[str, str],
+    outputs: Mapping[str, Any],
+    results: Mapping[str, Any],
+    seconds: float,
+) -> None:
     artefacts.write_json(
         context.directory / 'done.json',
         {
-            'stage': name,
+            'stage': context.name,
             'kind': kind,
             'identity': context.identity_hash(),
-            'config_hash': config_hash(config),
+            'config_hash': config_hash(context.config),
             'inputs': inputs,
             'outputs': outputs,
             'results': results,
@@ -166,7 +235,6 @@ def _run_stage(given: Mapping[str, Any]) -> None:
             'finished_at': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
         },
     )
-    print(f'{name}: done in {clock(seconds)}', flush=True)
 
 
 def _inputs(context: Context) -> dict[str, str]:

@@ -17,9 +17,11 @@ from bigssl_jax.objectives import CTC, EncoderCall
 from bigssl_jax.parallel import replicated, use_mesh
 from bigssl_jax.stages.model import Model
 from bigssl_jax.stages.schema import make_objective
-from bigssl_jax.training.loop import to_devices
+from bigssl_jax.training.loop import HOST_KEYS, to_devices
 from bigssl_jax.training.trainer import parameter_layout
 
+# What is told of the whole batch, also in a process that was given a slice of it.
+WHOLE_KEYS = ('its_sources', 'its_utterances', 'sample_counts')
 DECODER = 'greedy_ctc-1'  # changes whenever its results would
 
 
@@ -83,7 +85,7 @@ class Recogniser:
         tokenizer: Tokenizer,
         mesh: jax.sharding.Mesh,
     ):
-        self._decode = decoder(encoder, audio, head)
+        self._decode = decoder(encoder, audio, head, mesh)
         self._params, self._constants, self._mesh = params, constants, mesh
         self._tokenizer = tokenizer
 
@@ -105,15 +107,20 @@ class Recogniser:
         return cls(encoder, model.audio, head, params, constants, tokenizer, mesh)
 
     def recognise(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[Hypothesis]:
-        """Decodes batches; fillers are skipped, the rest comes in the order of the batches."""
+        """Decodes batches; fillers are skipped, the rest comes in the order of the batches.
+
+        Where the mesh spans several processes, all of them call this together, each with its slice
+        of every batch, and each is given the hypotheses of the whole batch.
+        """
         for batch in batches:
             with use_mesh(self._mesh):
-                on_devices = to_devices({'': dict(batch)}, self._mesh)['']
+                named = {f'its_{key}': batch[key] for key in HOST_KEYS}
+                on_devices = to_devices({'': {**batch, **named}}, self._mesh)['']
                 result = self._decode(self._params, self._constants, on_devices)
-            host, frames = jax.device_get(result)
-            for row in range(len(batch['sample_counts'])):
-                if batch['utterances'][row] >= 0:
-                    yield self._hypothesis(batch, host, frames, row)
+            host, frames, whole = jax.device_get(result)
+            for row in range(len(frames)):
+                if whole['its_utterances'][row] >= 0:
+                    yield self._hypothesis(whole, host, frames, row)
 
     def _hypothesis(
         self, batch: Mapping[str, np.ndarray], result: Any, frames: np.ndarray, row: int
@@ -121,8 +128,8 @@ class Recogniser:
         count = int(result.token_counts[row])
         tokens = result.tokens[row, :count]
         return Hypothesis(
-            source=int(batch['sources'][row]),
-            utterance=int(batch['utterances'][row]),
+            source=int(batch['its_sources'][row]),
+            utterance=int(batch['its_utterances'][row]),
             text=self._tokenizer.decode(tokens.tolist()),
             tokens=tokens,
             token_confidence=result.token_confidence[row, :count],
@@ -137,10 +144,12 @@ class Recogniser:
 
 
 @functools.lru_cache(maxsize=16)
-def decoder(encoder: ConformerConfig, audio: AudioConfig, head: CTC) -> Callable[..., Any]:
-    """One jitted decoder for every model of the same shape."""
+def decoder(
+    encoder: ConformerConfig, audio: AudioConfig, head: CTC, mesh: jax.sharding.Mesh
+) -> Callable[..., Any]:
+    """One jitted decoder for every model of the same shape; every process has its results."""
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def decode(params: Any, constants: Any, batch: Mapping[str, jax.Array]) -> Any:
         call = EncoderCall(
             encoder=Encoder(encoder),
@@ -150,6 +159,7 @@ def decoder(encoder: ConformerConfig, audio: AudioConfig, head: CTC) -> Callable
             deterministic=True,
         )
         logits, mask = head.predict(call, params['head'], batch)
-        return greedy_ctc(logits, mask, head.blank_id), mask.sum(axis=1)
+        whole = {key: value for key, value in batch.items() if key in WHOLE_KEYS}
+        return greedy_ctc(logits, mask, head.blank_id), mask.sum(axis=1), whole
 
     return decode

@@ -56,6 +56,10 @@ EXPERIMENT: dict[str, Any] = {
         'expected_speed': 60.0,
         # Stage -> hours of one pass over its data, for `bigssl plan`; 0: not known.
         'pass_hours': {},
+        # A step that takes longer is taken for hung: after this time the stacks of all threads are
+        # written down, after twice this time the process ends.  Longer than compiling, one pass
+        # over the dev set and one save together; 0: never.
+        'watchdog_minutes': 30.0,
     },
     'stages': {},
     'recipe': (),

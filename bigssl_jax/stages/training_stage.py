@@ -21,6 +21,7 @@ from bigssl_jax.data.stream import Stream, stream
 from bigssl_jax.data.tokenizer import Tokenizer
 from bigssl_jax.models import ConformerConfig, attention_kernels
 from bigssl_jax.objectives.encoder_call import named_key
+from bigssl_jax.parallel.distributed import barrier, batch_slice, is_primary, say
 from bigssl_jax.parallel.fingerprint import fingerprint
 from bigssl_jax.parallel.layout import check_layout, landed, layout_lines
 from bigssl_jax.stages import artefacts
@@ -81,7 +82,7 @@ def run_training(
     trainer = make_trainer(context.config, context.name, context.mesh, vocabulary)
     rows = landed(trainer.abstract_params, context.mesh)
     check_layout(rows, context.mesh, context.config['compute']['max_replicated'])
-    print(*layout_lines(rows, context.mesh), sep='\n', flush=True)
+    say('\n'.join(layout_lines(rows, context.mesh)))
     statistics = {k: np.asarray(v) for k, v in np.load(context.statistics_path).items()}
     streams = _open_streams(context)
     checkpointer = Checkpointer(
@@ -98,6 +99,7 @@ def run_training(
                 log_every=fields['log_every'],
                 eval_every=fields['eval_every'],
                 save_every=fields['save_every'],
+                watchdog_minutes=context.config['compute']['watchdog_minutes'],
             ),
             lambda: _first_state(context, trainer, statistics),
             trainer.abstract_state(statistics),
@@ -136,15 +138,20 @@ def _is_labelled(fields: Mapping[str, Any]) -> bool:
 def _open_streams(context: Context) -> dict[str, Stream]:
     """One stream for every objective."""
     fields = context.fields
-    return {
+    host, num_hosts = batch_slice(context.mesh)
+    streams = {
         name: stream(
             context.stream_config(fields['streams'][given['stream']]),
             seed=context.config['seed'],
-            host=jax.process_index(),
-            num_hosts=jax.process_count(),
+            host=host,
+            num_hosts=num_hosts,
         )
         for name, given in fields['objectives'].items()
     }
+    barrier(f'streams of {context.name}')  # all have read what the first may now write
+    if is_primary():
+        context.remember_batches()
+    return streams
 
 
 def _first_state(

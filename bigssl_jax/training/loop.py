@@ -4,7 +4,9 @@
                            ->  now and then: log, evaluate, save
     on SIGTERM or SIGINT   ->  finish the step, save, raise Stopped
 
-Step k uses batch k of every stream, so "continue" means "start at the restored step".
+Step k uses batch k of every stream, so "continue" means "start at the restored step".  With several
+processes all run this loop, each on its slice of every batch; they agree on stops and on saves that
+are due by the clock (`parallel/agreement.py`), and process 0 alone logs.
 
 The state of a stage is initialised, in this order of precedence:
   1. from the stage's own newest checkpoint, when there is one: an interrupted run continues;
@@ -25,7 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigssl_jax.config import UserError
-from bigssl_jax.parallel import batch_sharding, use_mesh
+from bigssl_jax.parallel import batch_sharding, replicated, use_mesh
+from bigssl_jax.parallel.agreement import Agreement
+from bigssl_jax.parallel.distributed import (
+    barrier,
+    batch_slice,
+    from_primary,
+    is_primary,
+    process_index,
+)
+from bigssl_jax.parallel.watchdog import Watchdog
 from bigssl_jax.training.checkpoint import Checkpointer
 from bigssl_jax.training.metrics import MetricLog, Progress
 from bigssl_jax.training.schedules import Schedule
@@ -47,7 +58,7 @@ class BatchSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-    """When the loop stops, logs, evaluates and saves (all in steps, except `save_minutes`)."""
+    """When the loop stops, logs, evaluates and saves (in steps, where the name says no minutes)."""
 
     steps: int
     log_every: int = 50
@@ -55,6 +66,7 @@ class LoopSettings:
     save_every: int = 500
     save_minutes: float = 10.0
     max_skipped: int = 20
+    watchdog_minutes: float = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,21 +118,24 @@ def train(
       Stopped: a signal asked for a stop; the state has been saved.
       TrainingFailed: too many skipped steps, or an objective's health alarm.
     """
-    start = checkpointer.latest_step()
+    start = from_primary('latest checkpoint', checkpointer.latest_step())
     if start is None:
         start, state = 0, make_state()
     else:
         state = checkpointer.restore(start, abstract_state)
     if start >= settings.steps:
         return state
-    window = Window(run, settings, start)
+    window, agreement = Window(run, settings, start), Agreement()
     saved_at = time.monotonic()
+    stacks = run.directory / f'stacks-process{process_index()}.txt'
     with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(run.name, settings.watchdog_minutes, stacks))
         stack.enter_context(use_mesh(run.mesh))
         sources = {n: stack.enter_context(s.batches(start)) for n, s in run.streams.items()}
         # After the streams: they keep TensorFlow off the accelerators, which TensorBoard would not.
-        log = MetricLog(run.directory, start, tensorboard)
-        stack.callback(log.close)
+        log = MetricLog(run.directory, start, tensorboard) if is_primary() else None
+        if log:
+            stack.callback(log.close)
         for step in range(start, settings.steps):
             waited = time.monotonic()
             batches = {name: next(source) for name, source in sources.items()}
@@ -135,15 +150,19 @@ def train(
                 metrics = window.close(done, state, rates)
             if settings.eval_every and (done % settings.eval_every == 0 or last) and run.evaluate:
                 metrics |= run.evaluate(state)
-            if metrics:
+            if metrics and log:
                 log.write(done, metrics)
-            due = time.monotonic() - saved_at > 60 * settings.save_minutes
-            if done % settings.save_every == 0 or last or due or stop.requested:
-                checkpointer.save(done, state)
+            due = is_primary() and time.monotonic() - saved_at > 60 * settings.save_minutes
+            if due or done % settings.save_every == 0:
                 saved_at = time.monotonic()
-            if stop.requested and not last:
+            stop_now, save_now = agreement.exchange((stop.requested, due))
+            if done % settings.save_every == 0 or last or save_now or stop_now:
+                checkpointer.save(done, state)
+            if stop_now and not last:
                 checkpointer.wait()
+                barrier(f'{run.name} stopped')
                 raise Stopped(f'{run.name} stopped after step {done}; the same command continues')
+            watchdog.feed()
     checkpointer.wait()
     return state
 
@@ -170,7 +189,9 @@ class Window:
     def __init__(self, run: Run, settings: LoopSettings, start: int):
         self._run, self._settings = run, settings
         self._progress = Progress(run.name, settings.steps, run.later_audio_seconds)
-        self._add = jax.jit(_add_finite)
+        # Every process holds a slice of the rows; their length in all is told from process 0's.
+        self._slices = batch_slice(run.mesh)[1]
+        self._add = jax.jit(_add_finite, out_shardings=replicated(run.mesh))
         self._reset(start)
 
     def _reset(self, step: int) -> None:
@@ -183,8 +204,8 @@ class Window:
         """Adds one step's report; `batches` are this host's, for the seconds of audio."""
         self._totals = self._add(self._totals, report)
         for batch in batches.values():
-            self._audio += float(batch['sample_counts'].sum()) / 16000
-            self._padded += batch['audio'].size / 16000
+            self._audio += self._slices * float(batch['sample_counts'].sum()) / 16000
+            self._padded += self._slices * batch['audio'].size / 16000
 
     def close(self, step: int, state: TrainState, rates: Mapping[str, Any]) -> dict[str, float]:
         """Metrics of the window that ends with `step`; shows the progress line."""

@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from bigssl_jax.parallel.distributed import is_primary
+
 
 def truncate_after(path: pathlib.Path, step: int) -> None:
     """Drops log lines later than `step`: they belong to work that a resumed run does again."""
@@ -66,6 +68,7 @@ class Progress:
     """A progress line: step, loss, seconds of audio per second, time left.
 
     On a terminal the line is redrawn; in a log file it is printed at most every `interval` seconds.
+    Of several processes only process 0 shows it.
 
     Args:
       name: the stage.
@@ -100,6 +103,8 @@ class Progress:
         """
         now = time.monotonic()
         last = step >= self._total
+        if not is_primary():
+            return
         if not self._terminal and now - self._shown < self._interval and not last:
             return
         self._shown = now

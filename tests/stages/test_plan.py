@@ -143,7 +143,7 @@ for stage, objective in (('pretrain', 'rq'), ('teacher', 'ctc')):
 head = trainer.objectives['ctc']
 params = {{'encoder': state.params['encoder'], 'head': state.params['heads']['ctc']}}
 with use_mesh(mesh):
-    real = recognition.decoder(trainer.encoder, trainer.audio, head).lower(
+    real = recognition.decoder(trainer.encoder, trainer.audio, head, mesh).lower(
         params, state.constants['encoder'], to_devices({{'': batch(False)}}, mesh)[''])
 compare('labels', real)
 print(json.dumps(found))

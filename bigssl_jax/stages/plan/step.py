@@ -175,7 +175,7 @@ def _labelling_program(config: Mapping[str, Any], stage: str, mesh: Mesh) -> Pro
     streams = stage_batches(config, stage, mesh)
     batch = _abstract_batch(streams[stage], mesh)
     return Program(
-        function=decoder(teacher.encoder, teacher.audio, head),
+        function=decoder(teacher.encoder, teacher.audio, head, mesh),
         arguments=(params, constants, batch),
         mesh=mesh,
         batches=streams,

@@ -1,0 +1,196 @@
+"""The recipe in several real processes, killed and continued with other numbers of them.
+
+What one process does with two devices, two and four processes with one device each must do alike:
+the same streams, the same losses to a tolerance, every file written once.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+CHANGES = ('--config.stages.pretrain.log_every=1', '--config.stages.pretrain.save_every=5')
+
+
+class Processes:
+    """`bigssl run` in several processes of this machine."""
+
+    def __init__(
+        self, recipe, folder: pathlib.Path, workdir, count: int, *words: str,
+        config: str | None = None, last: tuple[str, ...] = (),
+    ):  # fmt: skip
+        """`last`: words that the last process alone is given."""
+        with socket.socket() as probe:
+            probe.bind(('127.0.0.1', 0))
+            address = f'127.0.0.1:{probe.getsockname()[1]}'
+        folder.mkdir()
+        self.said = [folder / str(i) for i in range(count)]
+        self.processes = []
+        for i in range(count):
+            environment = {
+                **os.environ,
+                'JAX_COMPILATION_CACHE_DIR': str(recipe.cache),
+                'BIGSSL_COORDINATOR': address,
+                'BIGSSL_NUM_PROCESSES': str(count),
+                'BIGSSL_PROCESS_ID': str(i),
+                # As many devices as the machine has cores would be another number of batch parts.
+                'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
+            }
+            with self.said[i].open('w') as output:
+                self.processes.append(
+                    subprocess.Popen(
+                        recipe.command(
+                            workdir, *words, *(last if i == count - 1 else ()), config=config
+                        ),
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        cwd=HERE.parents[1],
+                        env=environment,
+                    )
+                )
+
+    def codes(self, seconds: float = 1000.0) -> list[int]:
+        limit = time.monotonic() + seconds
+        return [p.wait(max(0.0, limit - time.monotonic())) for p in self.processes]
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        limit = time.monotonic() + 1000
+        while not condition():
+            assert all(p.poll() is None for p in self.processes), self.told()
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+
+    def told(self) -> str:
+        return '\n----\n'.join(path.read_text() for path in self.said)
+
+    def last_lines(self) -> list[str]:
+        return [path.read_text().strip().splitlines()[-1] for path in self.said]
+
+
+@pytest.fixture
+def start(recipe, tmp_path):
+    """Starts the tone recipe in some processes; ends what is left of them."""
+    begun: list[Processes] = []
+
+    def start_all(workdir: pathlib.Path, count: int, *words: str, **given) -> Processes:
+        folder = tmp_path / f'said-{len(begun)}'
+        begun.append(Processes(recipe, folder, workdir, count, *words, **given))
+        return begun[-1]
+
+    yield start_all
+    for run in begun:
+        for process in run.processes:
+            process.kill()
+            process.wait()
+
+
+def log(workdir: pathlib.Path, stage: str) -> dict[int, dict]:
+    path = workdir / stage / 'metrics.jsonl'
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith('}')]
+    assert len({line['step'] for line in found}) == len(found), 'a step was logged twice'
+    return {line['step']: line for line in found}
+
+
+def losses(workdir: pathlib.Path, stage: str) -> list[float]:
+    return [line['loss'] for line in log(workdir, stage).values()]
+
+
+def streams(workdir: pathlib.Path, stage: str) -> dict[str, str]:
+    """Fingerprints of the batches that the newest checkpoint was made from."""
+    newest = max(int(p.name) for p in (workdir / stage / 'checkpoints').glob('[0-9]*'))
+    (record,) = (workdir / stage / 'checkpoints' / str(newest) / 'identity').glob('metadata')
+    return json.loads(record.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_four_are_killed_two_continue_to_the_losses_of_one(start, recipe, tmp_path):
+    alone, several = tmp_path / 'alone', tmp_path / 'several'
+    stages = ('--stages', 'prepare,pretrain', *CHANGES)
+    ended = recipe.run(alone, *stages)
+    assert ended.returncode == 0, ended.stderr
+
+    run = start(several, 4, *stages)
+    run.wait_for(lambda: len(log(several, 'pretrain')) > 12)
+    run.processes[2].kill()
+    killed = time.monotonic()
+    assert run.codes(100) == [76, 76, -signal.SIGKILL, 76], run.told()
+    assert time.monotonic() - killed < 30
+    for process in (0, 1, 3):
+        line = run.last_lines()[process]
+        assert line.startswith('bigssl: process 2 of 4 stopped answering'), run.told()
+        assert 'the same command, on any number of processes' in line
+
+    run = start(several, 2, *stages)
+    assert run.codes() == [0, 0], run.told()
+    assert 'step' not in run.said[1].read_text()  # the second one says nothing of its own
+    assert losses(several, 'pretrain') == pytest.approx(losses(alone, 'pretrain'), rel=2e-3)
+    assert len(losses(several, 'pretrain')) == 40
+    assert streams(several, 'pretrain') == streams(alone, 'pretrain')
+    for name in ('prepare', 'pretrain'):
+        ours, theirs = (
+            json.loads((folder / name / 'done.json').read_text()) for folder in (several, alone)
+        )
+        assert ours['identity'] == theirs['identity']
+    assert [p.name for p in several.rglob('*.tmp')] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_whole_recipe_in_two_processes(start, finished, tmp_path):
+    workdir = tmp_path / 'run'
+    run = start(workdir, 2, '--json', str(tmp_path / 'result.json'))
+    assert run.codes() == [0, 0], run.told()
+    for stage in ('supervised', 'pretrain', 'teacher', 'student'):
+        assert list(log(workdir, stage)) == list(log(finished.workdir, stage))
+        first = losses(workdir, stage)[0], losses(finished.workdir, stage)[0]
+        assert first[0] == pytest.approx(first[1], rel=1e-2)
+        assert streams(workdir, stage).keys() == streams(finished.workdir, stage).keys()
+    # Dev scores come from the hypotheses of both processes.
+    dev = [line['dev_cer'] for line in log(workdir, 'student').values() if 'dev_cer' in line]
+    assert len(dev) == 2 and all(0 <= rate < 1 for rate in dev)
+
+    ours = {name: json.loads((workdir / name / 'done.json').read_text()) for name in finished.done}
+    rows = [done['labels']['outputs']['rows'] for done in (ours, finished.done)]
+    assert rows[0] == rows[1]
+    lines = [
+        [json.loads(line) for line in (w / 'evaluate' / 'hypotheses-test.jsonl').open()]
+        for w in (workdir, finished.workdir)
+    ]
+    assert [(x['model'], x['id'], x['reference']) for x in lines[0]] == [
+        (x['model'], x['id'], x['reference']) for x in lines[1]
+    ]
+    scores = json.loads((workdir / 'evaluate' / 'scores.json').read_text())['test']
+    assert all(model['cer']['value'] < 0.4 for model in scores.values())
+    assert set(json.loads((tmp_path / 'result.json').read_text())['stages']) == set(ours)
+    assert (workdir / 'report.html').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_what_stops_the_first_process_is_told_by_all(start, recipe, tmp_path):
+    broken = tmp_path / 'broken.jsonl'
+    broken.write_text('{"audio": 3\n')
+    run = start(tmp_path / 'run', 2, config=f'{HERE / "tone_experiment.py"}:{broken}')
+    assert run.codes() == [2, 2], run.told()
+    for line in run.last_lines():
+        assert line.startswith('bigssl: process 0 of 2: ') and 'broken.jsonl' in line
+    assert 'Traceback' not in run.told()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_processes_with_different_commands_do_not_begin(start, tmp_path):
+    run = start(tmp_path / 'run', 2, last=('--config.seed=9',))
+    assert run.codes() == [2, 2], run.told()
+    for line in run.last_lines():
+        assert 'was started with another config than process' in line
+    assert not (tmp_path / 'run' / 'config.json').exists()
