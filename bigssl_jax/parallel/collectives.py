@@ -49,6 +49,8 @@ _RING = {
     'collective-permute': lambda n: 1.0,
 }
 OPERATIONS = tuple(_RING)
+# Transfers between slices whose name is not that of the operation.
+_BETWEEN_SLICES = {'ONE_TO_ONE': 'collective-permute'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ def collectives(compiled_text: str, mesh: Any) -> list[Collective]:
                     operation = 'reduce-scatter'
                 axes, size = _axes(groups, mesh), groups.shape[1] if len(groups) else 1
             elif transfer := re.search(r'_xla_megascale_transfer_type="(\w+)"', _sent(instruction)):
-                operation = transfer[1].lower().replace('_', '-')
+                operation = _BETWEEN_SLICES.get(transfer[1], transfer[1].lower().replace('_', '-'))
                 axes, size = ('slice',), mesh.shape['slice']
             else:
                 continue

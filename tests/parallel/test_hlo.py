@@ -264,6 +264,19 @@ def test_a_send_between_slices_is_the_collective_that_it_says():
     assert (within.axes, within.bytes_per_device) == (('fsdp',), 2 * 3 / 4 * 64)
 
 
+def test_a_permutation_between_slices_sends_its_operand_once():
+    mesh = AbstractMesh((2, 4), ('slice', 'fsdp'))
+    text = entry(
+        '%a = bf16[8,4]{1,0} parameter(0)',
+        '%token = token[] after-all()',
+        'ROOT %s = (bf16[8,4]{1,0}, u32[], token[]) send(%a, %token), channel_id=2,'
+        ' is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ONE_TO_ONE"}',
+    )
+    (found,) = collectives(text, mesh)
+    assert (found.operation, found.axes) == ('collective-permute', ('slice',))
+    assert found.bytes_per_device == 64
+
+
 FUSED = """
 %body (p0: bf16[6,8,4], p1: s32[], p2: f32[6,2,4], p3: f32[8,4]) -> (f32[8,4], f32[6,2,4]) {
   %p0 = bf16[6,8,4]{2,1,0} parameter(0)

@@ -260,6 +260,17 @@ def test_what_crosses_slices_is_what_a_hierarchical_collective_sends(tmp_path):
     assert rows['slice',].ideal == pytest.approx(2 * 1 / 2 * size / 4)
 
 
+def test_a_program_that_cannot_be_read_is_priced_by_its_products_and_says_so(tmp_path, monkeypatch):
+    def refuse(self):
+        raise jax.errors.JaxRuntimeError('INTERNAL: RET_CHECK failure: async-update')
+
+    monkeypatch.setattr(jax.stages.Compiled, 'as_text', refuse)
+    made = price.plan_question(question(tmp_path, 'labels'))
+    assert made.fits and made.memory.peak > 0
+    assert made.roofline.bound == 'compute' and made.traffic == ()
+    assert 'cannot read the compiled program (INTERNAL: RET_CHECK' in made.assumptions[-1]
+
+
 @pytest.mark.parametrize(
     'words, needed, available',
     [

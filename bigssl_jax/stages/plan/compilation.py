@@ -64,6 +64,8 @@ class Compiled:
       collectives: one mapping (fields of parallel.collectives.Collective) for each.
       hbm_bytes: that one device reads and writes in one step, an estimate.
       seconds: that compiling took.
+      unread: why the compiled program could not be read, so that `collectives` and `hbm_bytes` are
+        not known; '' when it could.
     """
 
     fits: bool
@@ -74,6 +76,7 @@ class Compiled:
     collectives: tuple[Mapping[str, Any], ...]
     hbm_bytes: float
     seconds: float
+    unread: str = ''
 
 
 def cache_directory(config: Mapping[str, Any]) -> pathlib.Path:
@@ -139,7 +142,7 @@ def _compile(lowered: Any, program: Program, limit: int) -> dict[str, Any]:
         )
     seconds = time.monotonic() - started
     analysis = compiled.memory_analysis()
-    text = compiled.as_text()
+    text, unread = _text(compiled)
     memory = Memory(
         arguments=analysis.argument_size_in_bytes,
         outputs=analysis.output_size_in_bytes,
@@ -155,11 +158,26 @@ def _compile(lowered: Any, program: Program, limit: int) -> dict[str, Any]:
             needed=memory.peak,
             available=limit,
             complaint='',
-            collectives=tuple(dataclasses.asdict(c) for c in collectives(text, program.mesh)),
-            hbm_bytes=hbm_bytes(text),
+            collectives=tuple(dataclasses.asdict(c) for c in collectives(text, program.mesh))
+            if text
+            else (),
+            hbm_bytes=hbm_bytes(text) if text else 0.0,
             seconds=seconds,
+            unread=unread,
         )
     )
+
+
+def _text(compiled: Any) -> tuple[str, str]:
+    """(the text of a compiled program, '') or ('', why this jaxlib cannot read it).
+
+    libtpu is newer than the jaxlib beside it may be: jaxlib 0.10 does not take the asynchronous
+    instructions that libtpu 0.0.51 writes for TPU7x.
+    """
+    try:
+        return compiled.as_text(), ''
+    except jax.errors.JaxRuntimeError as error:
+        return '', str(error).splitlines()[0]
 
 
 def out_of_memory(message: str) -> tuple[int, int]:

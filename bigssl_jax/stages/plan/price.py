@@ -285,7 +285,7 @@ def plan_question(question: Question) -> Plan:
         pass_hours=pass_hours(question.config, question.stage),
         largest=None,
         remedies=(),
-        assumptions=assumptions(question.config, question.stage),
+        assumptions=assumptions(question.config, question.stage, found.unread),
         compile_seconds=found.seconds,
     )
 
@@ -324,7 +324,10 @@ def link_traffic(question: Question, program: Program, found: Compiled) -> tuple
 
     A collective among n devices in s slices is best done slice by slice: of the bytes that a device
     sends, (s - 1) / (n - 1) then cross the network between slices, and the rest stays inside.
+    Nothing is known, and nothing returned, of a program that does not fit or cannot be read.
     """
+    if not found.fits or found.unread:
+        return ()
     slices = program.mesh.shape['slice']
     by_axes: dict[tuple[str, ...], dict[str, float]] = {}
 
@@ -388,10 +391,20 @@ def pass_hours(config: Mapping[str, Any], stage: str) -> float:
     return float(sum(hours)) if all(hours) else 0.0
 
 
-def assumptions(config: Mapping[str, Any], stage: str) -> tuple[str, ...]:
-    """What the config leaves open, and what the plan takes instead."""
+def assumptions(config: Mapping[str, Any], stage: str, unread: str = '') -> tuple[str, ...]:
+    """What config and compiler leave open, and what the plan takes instead.
+
+    Args:
+      config, stage: of the plan.
+      unread: why the compiled program could not be read; '' when it could.
+    """
     found = ['every utterance is as long as allowed: hours of audio include padding']
     labelled = config['tokenizer']['selection'] and config['stages'][stage]['kind'] != 'pretrain'
     if labelled and not config['tokenizer']['vocabulary_size']:
         found.append(f'the tokenizer has {ASSUMED_VOCABULARY} ids; its texts will decide')
+    if unread:
+        found.append(
+            'HBM and links take no time, because this jaxlib cannot read the compiled program'
+            f' ({unread}); a newer JAX may'
+        )
     return tuple(found)
