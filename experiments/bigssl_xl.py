@@ -7,7 +7,7 @@
 Plan it before running it: `bigssl plan --config experiments/bigssl_xl.py --topology v5e-64`; the
 tables of docs/plans.md are those of G.
 
-Of the paper's setting little of it stands in its text. Recalled: 0.6B, layers, width and heads,
+Little of the paper's setting stands in its text. Recalled: 0.6B, layers, width and heads,
 batches of 2,048 utterances, 400k steps, Adam, peak rate 2e-3, 25k warm-up, clipping at 20.
 Unknown: relative attention (here: none), dropout, the longest utterance. bigssl.py says where
 each setting comes from, and what is not as in the paper.
