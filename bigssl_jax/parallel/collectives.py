@@ -93,23 +93,27 @@ def collectives(compiled_text: str, mesh: Any) -> list[Collective]:
     program = hlo.parse(compiled_text)
     counts = hlo.execution_counts(program)
     fusions = hlo.fusions(program)
-    found: dict[tuple[Any, ...], Collective] = {}
+    found: dict[tuple[str, str], Collective] = {}
     for name, computation in program.computations.items():
         for instruction in computation.values():
             channel = re.search(r'channel_id=(\d+)', instruction.attributes)
             where, outer = fusions.get(name, (name, instruction))
-            # Parts of one asynchronous collective: same channel and arrays, fused into the same
-            # computation.  The channel alone will not do: combined collectives may share it.
-            key: tuple[Any, ...] = (instruction.name, where)
-            if channel and name in fusions:
-                key = (channel[1], instruction.arrays, where)
+            scattered = (
+                instruction.operation == 'all-reduce'
+                and name in fusions
+                and _is_scattered(instruction, computation)
+            )
+            # Parts of one asynchronous collective: same channel, fused into the same computation.
+            # A fused reduce-scatter is whole, and combined ones may share a channel.
+            key = (instruction.name, where)
+            if channel and name in fusions and not scattered:
+                key = (channel[1], where)
             if key in found or not counts.get(name):
                 continue
             operation = instruction.operation.removesuffix('-start')
             if operation in _RING:
                 groups = device_groups(instruction.attributes, _num_devices(mesh))
-                may_be_cut = operation == 'all-reduce' and name in fusions
-                if may_be_cut and _is_scattered(instruction, computation):
+                if scattered:
                     operation = 'reduce-scatter'
                 axes, size = _axes(groups, mesh), groups.shape[1] if len(groups) else 1
             elif transfer := re.search(r'_xla_megascale_transfer_type="(\w+)"', _sent(instruction)):

@@ -9,7 +9,7 @@ from bigssl_jax.audio import row_keys
 from bigssl_jax.objectives import Wav2Vec2
 from bigssl_jax.objectives.contrastive import contrastive_loss, draw_negatives, spread
 
-SMALL = Wav2Vec2(8, 5, mask_start_probability=0.3, mask_span_ms=80.0)
+SMALL = Wav2Vec2(8, 5, mask_start_probability=0.3, mask_span_ms=80.0, min_target_variance=0.005)
 
 
 def keys_of(rows):

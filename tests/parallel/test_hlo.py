@@ -234,20 +234,6 @@ def test_the_fusions_of_an_asynchronous_collective_hold_it_once():
     assert (found.operation, found.bytes_per_device) == ('all-gather', 3 * 64)
 
 
-def test_collectives_of_other_arrays_are_others_though_they_share_a_channel():
-    other = (
-        CHAIN.replace('%begin', '%begin.2').replace('%end', '%end.2').replace('[32,4]', '[32,2]')
-    ).replace('[8,4]', '[8,2]')
-    lines = [line.replace('ROOT %r', '%r') for line in IN_CHAIN]
-    again = [
-        line.replace('[32,4]', '[32,2]').replace('[8,4]', '[8,2]').replace('%begin', '%begin.2')
-        for line in IN_CHAIN[:2]
-    ]
-    again = [line.replace('%a', '%b').replace('%s', '%t') for line in again]
-    found = collectives(entry(*lines, *again, before=CHAIN + other), MESH)
-    assert sorted(item.bytes_per_device for item in found) == [3 * 32, 3 * 64]
-
-
 def test_a_send_between_slices_is_the_collective_that_it_says():
     mesh = AbstractMesh((2, 1, 4), ('slice', 'data', 'fsdp'))
     text = entry(
