@@ -262,5 +262,5 @@ def test_a_machine_without_accelerator_is_a_cpu_and_libtpu_stays_silent():
         'from bigssl_jax.parallel.startup import configure_platform; configure_platform(1);'
         ' import jax, json; print(json.dumps([d.platform for d in jax.devices()]))'
     )
-    found, errors = run(script, JAX_PLATFORMS='')
+    found, errors = run(script, JAX_PLATFORMS='', XLA_FLAGS='')
     assert (found, errors) == (['cpu'], '')
