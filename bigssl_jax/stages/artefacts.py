@@ -6,7 +6,8 @@
                                    last, so its presence means "complete"
 
 A rerun of a finished stage is a no-op; an unfinished one continues; one whose identity differs from
-`stage.json` is refused, because the files beside it belong to another experiment.
+`stage.json` is refused, because the files beside it belong to another experiment.  Where a stage
+failed before it made anything, there are none, and a mended config takes the folder over.
 """
 
 import hashlib
@@ -104,14 +105,14 @@ def claim(directory: pathlib.Path, identity: Mapping[str, Any]) -> None:
       ConfigError: it belongs to a stage of another identity.
     """
     check(directory, identity)
-    if not (directory / 'stage.json').exists():
+    if not (directory / 'stage.json').exists() or _is_empty(directory):
         write_json(directory / 'stage.json', identity)
 
 
 def check(directory: pathlib.Path, identity: Mapping[str, Any]) -> None:
     """Raises a ConfigError if `directory` belongs to a stage of another identity."""
     old = read_json(directory / 'stage.json')
-    if old is None:
+    if old is None or _is_empty(directory):
         return
     fields = differences(old, json.loads(json.dumps(identity)))
     if fields:
@@ -120,6 +121,11 @@ def check(directory: pathlib.Path, identity: Mapping[str, Any]) -> None:
             f'{directory} was made by another config ({shown}); use another --workdir,'
             f' or delete {directory} to make it again'
         )
+
+
+def _is_empty(directory: pathlib.Path) -> bool:
+    """Whether a stage that began in `directory` left nothing that follows from its config."""
+    return {path.name for path in directory.iterdir()} <= {'stage.json', 'elapsed.json'}
 
 
 def read_done(directory: pathlib.Path) -> dict[str, Any] | None:

@@ -146,8 +146,14 @@ def train(
             done = step + 1
             last = done == settings.steps
             metrics: dict[str, float] = {}
+            failure = None
             if done % settings.log_every == 0 or last:
                 metrics = window.close(done, state, rates)
+                failure = _failure(run, settings, metrics, done)
+            if failure:
+                if log:
+                    log.write(done, metrics)
+                raise failure
             if settings.eval_every and (done % settings.eval_every == 0 or last) and run.evaluate:
                 metrics |= run.evaluate(state)
             if metrics and log:
@@ -187,7 +193,7 @@ class Window:
     """
 
     def __init__(self, run: Run, settings: LoopSettings, start: int):
-        self._run, self._settings = run, settings
+        self._run = run
         self._progress = Progress(run.name, settings.steps, run.later_audio_seconds)
         # Every process holds a slice of the rows; their length in all is told from process 0's.
         self._slices = batch_slice(run.mesh)[1]
@@ -226,16 +232,21 @@ class Window:
         }
         loss = metrics.get('loss', math.nan)
         self._progress.show(step, loss, metrics['audio_seconds_per_second'], self._audio / steps)
-        if metrics['skipped'] > self._settings.max_skipped:
-            raise TrainingFailed(
-                f'{self._run.name}: {metrics["skipped"]} steps had a loss or gradient that was not'
-                f' finite (allowed: {self._settings.max_skipped}); lower the peak learning rate'
-            )
-        advice = self._run.health(metrics, step) if finite else None
-        if advice:
-            raise TrainingFailed(f'{self._run.name}, step {step}: {advice}')
         self._reset(step)
         return metrics
+
+
+def _failure(
+    run: Run, settings: LoopSettings, metrics: Mapping[str, float], step: int
+) -> TrainingFailed | None:
+    """Why training must not go on after the window that ends with `step`, or None."""
+    if metrics['skipped'] > settings.max_skipped:
+        return TrainingFailed(
+            f'{run.name}: {metrics["skipped"]} steps had a loss or gradient that was not finite'
+            f' (allowed: {settings.max_skipped}); lower the peak learning rate'
+        )
+    advice = run.health(metrics, step) if 'loss' in metrics else None
+    return TrainingFailed(f'{run.name}, step {step}: {advice}') if advice else None
 
 
 def _add_finite(total: Any, report: dict[str, Any]) -> dict[str, Any]:

@@ -131,3 +131,12 @@ def test_text_that_the_tokenizer_does_not_know(recipe, experiment, lines, tmp_pa
     assert '9 of 9 texts hold characters that the tokenizer does not know (z)' in line
     assert (tmp_path / 'run' / 'prepare' / 'done.json').exists()
     assert not (tmp_path / 'run' / 'supervised' / 'done.json').exists()
+
+
+def test_a_mended_selection_goes_on_in_the_same_workdir(recipe, tmp_path):
+    narrow = "--config.selections.dev.splits=('nowhere',)"
+    line = told(recipe.run(tmp_path / 'run', '--stages', 'prepare', narrow))
+    assert 'selections.dev' in line
+    mended = recipe.run(tmp_path / 'run', '--stages', 'prepare')
+    assert mended.returncode == 0, mended.stderr
+    assert 'made by another config' in told(recipe.run(tmp_path / 'run', narrow))

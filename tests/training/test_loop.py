@@ -193,6 +193,7 @@ def test_more_skipped_steps_than_allowed_end_the_run_with_advice(tmp_path):
 def test_a_collapsed_objective_ends_the_run_with_its_advice(tmp_path):
     with pytest.raises(TrainingFailed, match='toy, step 2: all codes are one at 2'):
         go(tmp_path / 'a', health=lambda metrics, step: f'all codes are one at {step}')
+    assert [line['step'] for line in log(tmp_path / 'a')] == [2]  # what led to it can be read
 
 
 def test_dev_metrics_appear_every_eval_every_steps_and_at_the_end(tmp_path):
