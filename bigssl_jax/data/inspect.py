@@ -79,7 +79,7 @@ def _by_value(table: pa.Table, name: str) -> dict[str, dict[str, float]]:
 
 
 def _lengths(corpus: Corpus) -> dict[str, float]:
-    seconds = np.asarray(corpus.sample_counts) / corpus.sample_rate
+    seconds: np.ndarray = np.asarray(corpus.sample_counts) / corpus.sample_rate
     return {
         'shortest': float(seconds.min()),
         'mean': float(seconds.mean()),
@@ -90,7 +90,7 @@ def _lengths(corpus: Corpus) -> dict[str, float]:
 
 def _histogram(corpus: Corpus) -> list[dict[str, float]]:
     """About a dozen equal bars up to the usual lengths, and one bar for all that is longer."""
-    seconds = np.asarray(corpus.sample_counts) / corpus.sample_rate
+    seconds: np.ndarray = np.asarray(corpus.sample_counts) / corpus.sample_rate
     usual, longest = float(np.quantile(seconds, USUAL)), float(seconds.max())
     step = next((s for s in ROUND_STEPS if usual / s <= HISTOGRAM_BARS), usual / HISTOGRAM_BARS)
     edges: np.ndarray = step * np.arange(math.ceil(usual / step) + 1)
