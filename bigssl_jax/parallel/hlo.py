@@ -104,7 +104,7 @@ def parse(text: str) -> Program:
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = '', None
     for line in text.splitlines():
-        if line == '}':
+        if line == '}' or line.startswith('}, execution_thread='):
             current = None
         elif current is None:
             if header := _COMPUTATION.fullmatch(line.rstrip()):

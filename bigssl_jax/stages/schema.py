@@ -21,6 +21,7 @@ from bigssl_jax.models import ConformerConfig
 from bigssl_jax.models.presets import NAMES, conformer
 from bigssl_jax.objectives import CTC, BestRQ, Wav2Vec2
 from bigssl_jax.stages.shared_encoder import encoder_identity, is_path
+from bigssl_jax.training.guard import GuardSettings
 from bigssl_jax.training.optimizers import ALGORITHMS, GROUP_DEFAULTS
 from bigssl_jax.training.schedules import SHAPES
 
@@ -112,7 +113,14 @@ TRAINING: dict[str, Any] = {
     'eval_every': 0,
     'dev': '',
     'save_every': 500,
+    # Checkpoints that stay: the newest, those of every n-th step, those with the lowest dev WER.
     'keep': 2,
+    'keep_every': 0,
+    'keep_best': 0,
+    # The model is the state of the 'last' step, or of the 'best' (lowest dev WER) that was kept.
+    'export': 'last',
+    # When training goes back to a checkpoint, and how often.
+    'divergence': dataclasses.asdict(GuardSettings()),
 }
 
 OBJECTIVE: dict[str, Any] = {'objective': '', 'stream': '', 'weight': 1.0}
@@ -206,6 +214,7 @@ def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
             defaults = dataclasses.asdict(config())
             stage[name] = merge(f'{field}.{name}', defaults, stage[name])
             config(**stage[name])
+    _check_keeping(field, stage)
     stage['streams'] = _table(f'{field}.streams', stage['streams'], STREAM)
     for name, stream in stage['streams'].items():
         path = f'{field}.streams.{name}'
@@ -248,6 +257,26 @@ def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
         choose(f'{path}.algorithm', group['algorithm'], ALGORITHMS)
         choose(f'{path}.schedule', group['schedule'], SHAPES)
     return stage
+
+
+def _check_keeping(field: str, stage: Mapping[str, Any]) -> None:
+    try:
+        GuardSettings(**stage['divergence'])
+    except ValueError as error:
+        raise ConfigError(f'config field {field}.{error}') from error
+    for name, least in (('keep', 1), ('keep_every', 0), ('keep_best', 0)):
+        if stage[name] < least:
+            raise ConfigError(
+                f'config field {field}.{name} is {stage[name]}; allowed: {least}, ...'
+            )
+    choose(f'{field}.export', stage['export'], ('last', 'best'))
+    if stage['keep_best'] and not (stage['dev'] and stage['eval_every']):
+        raise ConfigError(
+            f'config field {field}.keep_best is {stage["keep_best"]}, but the stage is not scored'
+            ' while it trains; set its dev and eval_every'
+        )
+    if stage['export'] == 'best' and not stage['keep_best']:
+        raise ConfigError(f"config field {field}.export is 'best'; set keep_best to 1 or more")
 
 
 def _check_filter(field: str, steps: Any, labels: str) -> None:

@@ -29,7 +29,8 @@ from bigssl_jax.stages.context import Context
 from bigssl_jax.stages.model import load_model, save_model
 from bigssl_jax.stages.schema import make_objective, training_audio_seconds
 from bigssl_jax.stages.shared_encoder import is_path
-from bigssl_jax.training.checkpoint import Checkpointer
+from bigssl_jax.training.checkpoint import Checkpointer, Keep
+from bigssl_jax.training.guard import GuardSettings
 from bigssl_jax.training.initialise import match_encoder, only
 from bigssl_jax.training.loop import LoopSettings, Run, train
 from bigssl_jax.training.optimizers import make_schedules
@@ -87,7 +88,7 @@ def run_training(
     streams = _open_streams(context)
     checkpointer = Checkpointer(
         context.directory / 'checkpoints',
-        keep=fields['keep'],
+        keep=Keep(fields['keep'], fields['keep_every'], fields['keep_best']),
         identity={'config': context.identity_hash()}
         | {f'stream of {name}': s.fingerprint for name, s in streams.items()},
     )
@@ -100,6 +101,8 @@ def run_training(
                 eval_every=fields['eval_every'],
                 save_every=fields['save_every'],
                 watchdog_minutes=context.config['compute']['watchdog_minutes'],
+                save_evaluated=fields['keep_best'] > 0,
+                guard=GuardSettings(**fields['divergence']),
             ),
             lambda: _first_state(context, trainer, statistics),
             trainer.abstract_state(statistics),
@@ -107,6 +110,7 @@ def run_training(
             context.stop,
             tensorboard=context.config['compute']['tensorboard'],
         )
+        exported = _exported(checkpointer, trainer, state, statistics, fields['export'])
     finally:
         checkpointer.close()
     info = save_model(
@@ -114,20 +118,35 @@ def run_training(
         trainer.encoder,
         trainer.audio,
         fields['objectives'],
-        state.evaluated_params(),
-        state.constants,
+        exported.evaluated_params(),
+        exported.constants,
         tokenizer,
-        fields['steps'],
+        int(exported.step),
     )
     outputs = {'model': {'hash': info['hash'], 'params': fingerprint(state.params)}}
     results = {
         'parameters': sum(int(leaf.size) for leaf in jax.tree.leaves(state.params)),
         'steps': fields['steps'],
+        'exported_step': int(exported.step),
         'skipped_steps': int(state.skipped),
         'audio_hours': round(training_audio_seconds(context.config, context.name) / 3600, 2),
         'excluded': {name: s.excluded for name, s in streams.items()},
     }
     return outputs, results
+
+
+def _exported(
+    checkpointer: Checkpointer,
+    trainer: Trainer,
+    state: TrainState,
+    statistics: Mapping[str, np.ndarray],
+    which: str,
+) -> TrainState:
+    """The state that becomes the model: the last, or the best on the dev set."""
+    best = checkpointer.best_step() if which == 'best' else None
+    if best is None or best == int(state.step):
+        return state
+    return checkpointer.restore(best, trainer.abstract_state(statistics))[0]
 
 
 def _is_labelled(fields: Mapping[str, Any]) -> bool:

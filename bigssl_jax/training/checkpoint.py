@@ -1,9 +1,13 @@
 """Checkpoints: everything that decides the future, saved by Orbax.
 
 One checkpoint holds the TrainState (parameters, optimizer, EMA, step, constants such as the BEST-RQ
-projection and codebooks) and a small JSON of identities: the config's hash, the fingerprints of the
-streams, the tokenizer's hash.  Random keys follow from the seed and the step, and so does the order
-of the data, so neither has state to save.
+projection and codebooks), the cursor (how many batches were passed over, by what factor the rates
+are lowered), and a small JSON of identities: the config's hash, the fingerprints of the streams,
+the tokenizer's hash.  Random keys follow from the seed and the step, and so does the order of the
+data, so neither has state to save.
+
+A checkpoint records the fingerprint of its state.  One that cannot be read, or reads as other bits,
+is damaged: it is set aside as <step>.damaged, and the one before it is used.
 
 Arrays go from the devices that hold them to disk and back: no process ever holds a whole state.
 What was saved from one mesh, by any number of processes, is restored onto another bit for bit.
@@ -11,23 +15,67 @@ What was saved from one mesh, by any number of processes, is restored onto anoth
 """
 
 import contextlib
+import dataclasses
 import logging
 import math
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
 
 from bigssl_jax.config import UserError
+from bigssl_jax.parallel.distributed import barrier, from_primary, gather, is_primary, say
+from bigssl_jax.parallel.fingerprint import fingerprint
 
 # A device reads whole chunks: small ones let another mesh read little more than its own pieces.
 CHUNK_BYTES = 16 * 2**20
+# Beside the identity in its JSON: the cursor, and the fingerprint of the state.
+RECORD = 'saved'
 
 
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class Damaged(CheckpointError):
+    """A checkpoint cannot be read, or holds other bits than were saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay on disk.
+
+    Attributes:
+      newest: so many of the newest.
+      every: those of steps that this divides, for ever; 0: none.
+      best: so many with the lowest `metric`; 0: none.
+      metric: of the dev set.
+    """
+
+    newest: int
+    every: int = 0
+    best: int = 0
+    metric: str = 'dev_wer'
+
+    def policy(self) -> managers.PreservationPolicy:
+        """The same, as Orbax wants it."""
+        policies: list[managers.PreservationPolicy] = [managers.LatestN(self.newest)]
+        if self.every:
+            policies.append(managers.EveryNSteps(self.every))
+        if self.best:
+            policies.append(
+                managers.BestN(
+                    n=self.best,
+                    get_metric_fn=lambda metrics: metrics[self.metric],
+                    reverse=True,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        return managers.AnyPreservationPolicy(policies)
 
 
 class Checkpointer:
@@ -35,64 +83,140 @@ class Checkpointer:
 
     Args:
       directory: where they live; created when missing.
-      keep: newest checkpoints to keep.
+      keep: which of them stay.
       identity: values that must be equal when training continues, e.g. {'config': hash}.
 
     Raises:
       CheckpointError: the directory cannot be written.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int, identity: Mapping[str, str]):
+    def __init__(self, directory: pathlib.Path, keep: Keep, identity: Mapping[str, str]):
         self.directory = pathlib.Path(directory).absolute()
-        self._identity = dict(identity)
+        self._identity, self._metric = dict(identity), keep.metric
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f'cannot write checkpoints to {directory}: {error}') from error
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep.policy(),
+            best_fn=lambda metrics: metrics[keep.metric],
+            best_mode='min',
+            enable_async_checkpointing=True,
+        )
         with quiet_orbax():
-            self._manager = ocp.CheckpointManager(
-                self.directory,
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, enable_async_checkpointing=True
-                ),
-            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step, or None."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, the newest first; the same in every process."""
+        return from_primary('checkpoints', sorted(self._manager.all_steps(), reverse=True))
 
-    def save(self, step: int, state: Any) -> None:
-        """Starts saving; returns once the arrays are copied.  Saving a step twice is a no-op."""
+    def best_step(self) -> int | None:
+        """The step with the lowest dev metric among the checkpoints that are there, or None."""
+        return from_primary('best checkpoint', self._manager.best_step())
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        cursor: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts saving; returns once the arrays are copied.  Saving a step twice is a no-op.
+
+        Args:
+          step: of the state.
+          state: arrays.
+          cursor: what `restore` gives back beside them; JSON.
+          metrics: of the dev set, where this state was scored on it.
+        """
         if step in self._manager.all_steps():
             return
+        scored = {k: v for k, v in (metrics or {}).items() if k == self._metric}
+        record = {**self._identity, RECORD: {'cursor': cursor, 'state': fingerprint(state)}}
         with quiet_orbax():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), identity=ocp.args.JsonSave(self._identity)
+                    state=ocp.args.StandardSave(state), identity=ocp.args.JsonSave(record)
                 ),
+                metrics=scored or None,
             )
 
-    def restore(self, step: int, abstract_state: Any) -> Any:
-        """The state of `step`, laid out as `abstract_state` (shapes, dtypes, shardings) says.
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """State and cursor of `step`.
+
+        Args:
+          step: one of `steps()`.
+          abstract_state: the shapes, dtypes and shardings that the state shall have.
 
         Raises:
           CheckpointError: it belongs to another config, corpus or tokenizer.
+          Damaged: it cannot be read, or holds other bits than were saved.
         """
-        with quiet_orbax():
-            identity = self._manager.restore(
-                step, args=ocp.args.Composite(identity=ocp.args.JsonRestore())
-            )['identity']
-            for name, value in self._identity.items():
-                if identity.get(name) != value:
-                    raise CheckpointError(
-                        f'{self.directory}/{step} was made with another {name}'
-                        f' ({identity.get(name)}, now {value}); use another workdir,'
-                        ' or restore what changed'
-                    )
-            return self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-            )['state']
+        identity = self._read(step, 'identity', ocp.args.JsonRestore())
+        record = identity.get(RECORD, {})
+        for name, value in self._identity.items():
+            if identity.get(name) != value:
+                raise CheckpointError(
+                    f'{self.directory}/{step} was made with another {name}'
+                    f' ({identity.get(name)}, now {value}); use another workdir,'
+                    ' or restore what changed'
+                )
+        state = self._read(step, 'state', ocp.args.StandardRestore(abstract_state))
+        if record.get('state') != fingerprint(state):
+            raise Damaged(
+                f'{self.directory}/{step} is damaged: it holds other bits than were saved'
+            )
+        return state, record.get('cursor') or {}
+
+    def _read(self, step: int, item: str, how: Any) -> Any:
+        """One item of a checkpoint; all processes fail together."""
+        found, reason = None, ''
+        try:
+            with quiet_orbax():
+                found = self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+        except Exception as error:  # zarr, JSON, protocol buffers: each library has its own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reasons = [text for text in gather(f'read {item} of {step}', reason) if text]
+        if reasons:
+            raise Damaged(f'{self.directory}/{step} is damaged: {reasons[0]}')
+        return found
+
+    def restore_newest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, cursor) of the newest checkpoint that is whole; None where there is none.
+
+        Damaged ones are told of and set aside.
+
+        Raises:
+          CheckpointError: all are damaged, or they belong to another config, corpus or tokenizer.
+        """
+        steps = self.steps()
+        for step in steps:
+            try:
+                return step, *self.restore(step, abstract_state)
+            except Damaged as error:
+                say(f'{error}; it is set aside as {step}.damaged, and the one before it is used')
+                self._set_aside(step)
+        if steps:
+            raise CheckpointError(
+                f'none of {len(steps)} checkpoints in {self.directory} can be read; copy one back'
+                ' from a backup, or delete that folder to train from the beginning'
+            )
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        if is_primary():
+            os.replace(self.directory / str(step), self.directory / f'{step}.damaged')
+        barrier(f'checkpoint {step} set aside')
+        self._manager.reload()
+
+    def drop_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps."""
+        self.wait()
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+        barrier(f'checkpoints after {step} dropped')
 
     def wait(self) -> None:
         """Blocks until every started save is on disk."""

@@ -3,8 +3,10 @@
     restore or initialise  ->  for step k: batch k of every stream, one train step
                            ->  now and then: log, evaluate, save
     on SIGTERM or SIGINT   ->  finish the step, save, raise Stopped
+    on divergence          ->  back to a calm checkpoint, past the batches since, at lower rates
 
-Step k uses batch k of every stream, so "continue" means "start at the restored step".  With several
+Step k uses batch k + p of every stream, where p batches were passed over after divergences; p is
+saved with the state, so "continue" means "start at the restored step".  With several
 processes all run this loop, each on its slice of every batch; they agree on stops and on saves that
 are due by the clock (`parallel/agreement.py`), and process 0 alone logs.
 
@@ -16,6 +18,7 @@ The state of a stage is initialised, in this order of precedence:
 
 import contextlib
 import dataclasses
+import json
 import math
 import pathlib
 import time
@@ -32,12 +35,13 @@ from bigssl_jax.parallel.agreement import Agreement
 from bigssl_jax.parallel.distributed import (
     barrier,
     batch_slice,
-    from_primary,
     is_primary,
     process_index,
+    say,
 )
 from bigssl_jax.parallel.watchdog import Watchdog
 from bigssl_jax.training.checkpoint import Checkpointer
+from bigssl_jax.training.guard import GuardSettings, divergence, is_calm
 from bigssl_jax.training.metrics import MetricLog, Progress
 from bigssl_jax.training.schedules import Schedule
 from bigssl_jax.training.signals import Stopped, StopRequest
@@ -47,7 +51,7 @@ HOST_KEYS = ('utterances', 'sources')  # for the host's book-keeping; not sent t
 
 
 class TrainingFailed(UserError):
-    """Training cannot go on: too many non-finite steps, or a collapsed objective."""
+    """Training cannot go on: it diverged again and again, or an objective has collapsed."""
 
 
 class BatchSource(Protocol):
@@ -65,8 +69,34 @@ class LoopSettings:
     eval_every: int = 0
     save_every: int = 500
     save_minutes: float = 10.0
-    max_skipped: int = 20
     watchdog_minutes: float = 30.0
+    # Save after every evaluation, so that the best states can be kept.
+    save_evaluated: bool = False
+    guard: GuardSettings = GuardSettings()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cursor:
+    """What decides the next step besides the state; saved with it.
+
+    Attributes:
+      passed_over: batches left out after divergences.
+      rate_factor: of all learning rates.
+      rollbacks: how often the run went back.
+    """
+
+    passed_over: int = 0
+    rate_factor: float = 1.0
+    rollbacks: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Diverged:
+    """Why, and after which step, training must go back."""
+
+    step: int
+    reason: str
+    metrics: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,22 +146,41 @@ def train(
 
     Raises:
       Stopped: a signal asked for a stop; the state has been saved.
-      TrainingFailed: too many skipped steps, or an objective's health alarm.
+      TrainingFailed: it diverged too often, or an objective's health alarm.
     """
-    start = from_primary('latest checkpoint', checkpointer.latest_step())
-    if start is None:
-        start, state = 0, make_state()
-    else:
-        state = checkpointer.restore(start, abstract_state)
-    if start >= settings.steps:
-        return state
+    found = checkpointer.restore_newest(abstract_state)
+    start, state, cursor = found or (0, make_state(), {})
+    while start < settings.steps:
+        position = Cursor(**cursor)
+        ended = _train(run, settings, start, state, position, checkpointer, stop, tensorboard)
+        if not isinstance(ended, Diverged):
+            return ended
+        del state  # its memory is needed for the one to go back to
+        back_to, restored = _calm(checkpointer, abstract_state, settings, ended, position)
+        state = make_state() if restored is None else restored
+        start, cursor = back_to, _pass_over(run, settings, ended, position, back_to)
+    return state
+
+
+def _train(
+    run: Run,
+    settings: LoopSettings,
+    start: int,
+    state: TrainState,
+    cursor: Cursor,
+    checkpointer: Checkpointer,
+    stop: StopRequest,
+    tensorboard: bool,
+) -> TrainState | Diverged:
+    """Trains from `state`, after `start` steps, to the end or to a divergence."""
     window, agreement = Window(run, settings, start), Agreement()
     saved_at = time.monotonic()
     stacks = run.directory / f'stacks-process{process_index()}.txt'
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(run.name, settings.watchdog_minutes, stacks))
         stack.enter_context(use_mesh(run.mesh))
-        sources = {n: stack.enter_context(s.batches(start)) for n, s in run.streams.items()}
+        first = start + cursor.passed_over
+        sources = {n: stack.enter_context(s.batches(first)) for n, s in run.streams.items()}
         # After the streams: they keep TensorFlow off the accelerators, which TensorBoard would not.
         log = MetricLog(run.directory, start, tensorboard) if is_primary() else None
         if log:
@@ -140,30 +189,37 @@ def train(
             waited = time.monotonic()
             batches = {name: next(source) for name, source in sources.items()}
             window.wait_seconds += time.monotonic() - waited
-            rates = {n: np.float32(schedule(step)) for n, schedule in run.schedules.items()}
+            rates = {
+                name: np.float32(cursor.rate_factor * schedule(step))
+                for name, schedule in run.schedules.items()
+            }
             state, report = run.train_step(state, to_devices(batches, run.mesh), rates, run.key)
             window.add(report, batches)
             done = step + 1
             last = done == settings.steps
             metrics: dict[str, float] = {}
-            failure = None
             if done % settings.log_every == 0 or last:
                 metrics = window.close(done, state, rates)
-                failure = _failure(run, settings, metrics, done)
-            if failure:
-                if log:
-                    log.write(done, metrics)
-                raise failure
+                reason = divergence(state.guard, settings.guard)
+                if reason:
+                    return Diverged(done, reason, metrics)
+                advice = run.health(metrics, done) if 'loss' in metrics else None
+                if advice:
+                    if log:
+                        log.write(done, metrics)
+                    raise TrainingFailed(f'{run.name}, step {done}: {advice}')
+            scores: dict[str, float] = {}
             if settings.eval_every and (done % settings.eval_every == 0 or last) and run.evaluate:
-                metrics |= run.evaluate(state)
-            if metrics and log:
-                log.write(done, metrics)
+                scores = run.evaluate(state)
+            if (metrics or scores) and log:
+                log.write(done, {**metrics, **scores})
             due = is_primary() and time.monotonic() - saved_at > 60 * settings.save_minutes
             if due or done % settings.save_every == 0:
                 saved_at = time.monotonic()
             stop_now, save_now = agreement.exchange((stop.requested, due))
-            if done % settings.save_every == 0 or last or save_now or stop_now:
-                checkpointer.save(done, state)
+            save_now |= done % settings.save_every == 0 or last or stop_now
+            if save_now or (scores and settings.save_evaluated):
+                checkpointer.save(done, state, dataclasses.asdict(cursor), scores)
             if stop_now and not last:
                 checkpointer.wait()
                 barrier(f'{run.name} stopped')
@@ -171,6 +227,56 @@ def train(
             watchdog.feed()
     checkpointer.wait()
     return state
+
+
+def _calm(
+    checkpointer: Checkpointer,
+    abstract_state: Any,
+    settings: LoopSettings,
+    ended: Diverged,
+    cursor: Cursor,
+) -> tuple[int, TrainState | None]:
+    """The newest checkpoint to go back to, (0, None) where there is none; later ones are deleted.
+
+    Raises:
+      TrainingFailed: the run has gone back often enough.
+    """
+    if cursor.rollbacks >= settings.guard.max_rollbacks:
+        raise TrainingFailed(
+            f'step {ended.step}: {ended.reason}; the run went back {cursor.rollbacks} times before'
+            ' (rollbacks.jsonl; allowed: divergence.max_rollbacks): lower the peak learning rate or'
+            ' optimizer.clip_norm'
+        )
+    checkpointer.wait()
+    for step in checkpointer.steps():
+        state, _ = checkpointer.restore(step, abstract_state)
+        if is_calm(state.guard):
+            checkpointer.drop_after(step)
+            return step, state
+    checkpointer.drop_after(0)
+    return 0, None
+
+
+def _pass_over(
+    run: Run, settings: LoopSettings, ended: Diverged, cursor: Cursor, back_to: int
+) -> dict[str, Any]:
+    """The cursor past the batches since step `back_to`; notes it in rollbacks.jsonl."""
+    new = dataclasses.asdict(
+        Cursor(
+            passed_over=cursor.passed_over + ended.step - back_to,
+            rate_factor=cursor.rate_factor * settings.guard.rate_factor,
+            rollbacks=cursor.rollbacks + 1,
+        )
+    )
+    if is_primary():
+        line = {'reason': ended.reason, 'diverged': ended.step, 'back_to': back_to}
+        with (run.directory / 'rollbacks.jsonl').open('a') as file:
+            file.write(json.dumps({**line, **new, 'metrics': dict(ended.metrics)}) + '\n')
+    say(
+        f'{run.name} diverged at step {ended.step}: {ended.reason}; back to step {back_to}, past'
+        f' {ended.step - back_to} batches, with rates times {new["rate_factor"]:g}'
+    )
+    return new
 
 
 def to_devices(batches: Mapping[str, dict], mesh: jax.sharding.Mesh) -> dict[str, dict]:
@@ -234,19 +340,6 @@ class Window:
         self._progress.show(step, loss, metrics['audio_seconds_per_second'], self._audio / steps)
         self._reset(step)
         return metrics
-
-
-def _failure(
-    run: Run, settings: LoopSettings, metrics: Mapping[str, float], step: int
-) -> TrainingFailed | None:
-    """Why training must not go on after the window that ends with `step`, or None."""
-    if metrics['skipped'] > settings.max_skipped:
-        return TrainingFailed(
-            f'{run.name}: {metrics["skipped"]} steps had a loss or gradient that was not finite'
-            f' (allowed: {settings.max_skipped}); lower the peak learning rate'
-        )
-    advice = run.health(metrics, step) if 'loss' in metrics else None
-    return TrainingFailed(f'{run.name}, step {step}: {advice}') if advice else None
 
 
 def _add_finite(total: Any, report: dict[str, Any]) -> dict[str, Any]:

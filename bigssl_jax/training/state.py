@@ -5,6 +5,8 @@ from typing import Any
 import flax.struct
 import jax
 
+from bigssl_jax.training.guard import Guard, new_guard
+
 
 class TrainState(flax.struct.PyTreeNode):
     """The part of training that decides the future, besides the config and the corpus.
@@ -16,6 +18,7 @@ class TrainState(flax.struct.PyTreeNode):
       optimizer: state of the optax transformation.
       ema: exponential moving average of `params`, or {} when the stage keeps none.
       constants: arrays that never change: feature statistics, BEST-RQ projection and codebooks.
+      guard: what divergence is told by.
     """
 
     step: jax.Array
@@ -24,6 +27,7 @@ class TrainState(flax.struct.PyTreeNode):
     optimizer: Any
     ema: Any
     constants: Any
+    guard: Guard = flax.struct.field(default_factory=new_guard)
 
     def evaluated_params(self) -> Any:
         """The parameters to evaluate and to export: the average where there is one."""

@@ -3,6 +3,7 @@
     for each (objective, stream, weight):   sum of loss over its micro-batches / sum of weights
     total gradient  ->  clip by global norm  ->  direction per parameter group  ->  x -rate
     not finite?     ->  keep the old parameters, count the step as skipped
+    loss, finite    ->  the guard that tells divergence (`guard.py`)
     EMA             ->  decay min(d, (1 + t) / (10 + t))
 
 An objective's totals are additive, so splitting a batch into micro-batches changes nothing but the
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bigssl_jax.training.guard import watch
 from bigssl_jax.training.state import TrainState
 
 Totals = dict[str, jax.Array]
@@ -102,7 +104,9 @@ def make_train_step(
         new = _update(state, gradients, optimizer, labels, rates, settings.ema_decay)
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         kept = kept.replace(
-            step=state.step + 1, skipped=state.skipped + (1 - finite.astype(jnp.int32))
+            step=state.step + 1,
+            skipped=state.skipped + (1 - finite.astype(jnp.int32)),
+            guard=watch(state.guard, state.step - state.skipped, loss, finite),
         )
         return kept, {'totals': totals, 'grad_norm': norm, 'finite': finite}
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from bigssl_jax.models import Encoder, parameter_count, presets
 from bigssl_jax.parallel.cost import count_flops
@@ -145,7 +145,7 @@ def test_products_that_no_result_needs_do_not_count():
 
 
 def test_a_mapped_body_counts_once_per_device():
-    mesh = AbstractMesh((4, 2), ('data', 'tensor'))
+    mesh = AbstractMesh((4, 2), ('data', 'tensor'), axis_types=(AxisType.Auto, AxisType.Auto))
     split = PartitionSpec('data')
     mapped = jax.shard_map(product, mesh=mesh, in_specs=(split, PartitionSpec()), out_specs=split)
     # Rows are split over 4 devices, and the 2 of each row of the mesh do the same work.

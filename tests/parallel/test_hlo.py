@@ -24,7 +24,7 @@ HloModule m, is_scheduled=true, num_partitions=8
   %next = s32[] add(%i, %one)
   %g = f32[16,8]{1,0:T(8,128)S(1)} all-gather(%x), channel_id=1, GROUPS, metadata={op_name="f"}
   ROOT %t = (s32[], f32[4,8]{1,0}) tuple(%next, %x)
-}
+}, execution_thread="sparsecore"
 
 %inner_condition (p.1: (s32[], f32[4,8])) -> pred[] {
   %p.1 = (s32[], f32[4,8]{1,0}) parameter(0)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bigssl_jax.parallel.fingerprint import fingerprint
-from bigssl_jax.training.checkpoint import Checkpointer, CheckpointError
+from bigssl_jax.training.checkpoint import Checkpointer, CheckpointError, Keep
 from bigssl_jax.training.state import TrainState
 
 IDENTITY = {'config': 'c0ffee', 'stream of ctc': 'feed'}
@@ -47,7 +47,7 @@ def open_checkpointer(tmp_path):
     opened = []
 
     def open_one(keep=2, identity=IDENTITY):
-        opened.append(Checkpointer(tmp_path / 'checkpoints', keep, identity))
+        opened.append(Checkpointer(tmp_path / 'checkpoints', Keep(keep), identity))
         return opened[-1]
 
     yield open_one
@@ -57,13 +57,13 @@ def open_checkpointer(tmp_path):
 
 def test_a_state_comes_back_bit_for_bit(open_checkpointer):
     first = open_checkpointer()
-    assert first.latest_step() is None
+    assert first.steps() == []
     state = make_state(7)
     first.save(7, state)
     first.wait()
     second = open_checkpointer()
-    assert second.latest_step() == 7
-    restored = second.restore(7, abstract(state))
+    assert second.steps() == [7]
+    restored, _ = second.restore(7, abstract(state))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert fingerprint(restored) == fingerprint(state)
     for ours, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
@@ -77,10 +77,25 @@ def test_the_newest_are_kept_and_a_step_is_saved_once(open_checkpointer, tmp_pat
         checkpointer.save(step, make_state(step))
     checkpointer.save(3, make_state(99))
     checkpointer.wait()
-    assert checkpointer.latest_step() == 3
+    assert checkpointer.steps()[0] == 3
     assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['2', '3']
-    restored = checkpointer.restore(3, abstract(make_state(3)))
+    restored, _ = checkpointer.restore(3, abstract(make_state(3)))
     assert fingerprint(restored) == fingerprint(make_state(3))
+
+
+def test_every_second_and_the_best_stay_beside_the_newest(tmp_path):
+    checkpointer = Checkpointer(tmp_path, Keep(1, every=4, best=2), IDENTITY)
+    scores = {1: 0.9, 2: 0.3, 3: 0.8, 5: 0.2, 6: 0.4}
+    for step in range(1, 10):
+        scored = {'dev_wer': scores[step], 'dev_cer': 0.0} if step in scores else None
+        checkpointer.save(step, make_state(step), {'passed_over': step}, scored)
+    checkpointer.wait()
+    assert checkpointer.steps() == [9, 8, 5, 4, 2]
+    assert checkpointer.best_step() == 5
+    assert checkpointer.restore(5, abstract(make_state(5)))[1] == {'passed_over': 5}
+    checkpointer.drop_after(4)
+    assert checkpointer.steps() == [4, 2] and checkpointer.best_step() == 2
+    checkpointer.close()
 
 
 @pytest.mark.parametrize('name', IDENTITY)
@@ -101,13 +116,13 @@ def test_an_unfinished_checkpoint_is_not_the_latest(open_checkpointer, tmp_path)
     checkpointer.wait()
     # What Orbax leaves when it is killed while saving step 6.
     (tmp_path / 'checkpoints' / '6.orbax-checkpoint-tmp').mkdir()
-    assert open_checkpointer().latest_step() == 5
+    assert open_checkpointer().steps() == [5]
 
 
 def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
     (tmp_path / 'file').write_text('in the way')
     with pytest.raises(CheckpointError, match='cannot write checkpoints'):
-        Checkpointer(tmp_path / 'file' / 'checkpoints', 1, IDENTITY)
+        Checkpointer(tmp_path / 'file' / 'checkpoints', Keep(1), IDENTITY)
 
 
 # Random bits in all that a stage may keep: two optimizers, averages, constants, counters.
@@ -118,7 +133,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from bigssl_jax.parallel import make_mesh
 from bigssl_jax.parallel.fingerprint import fingerprint
-from bigssl_jax.training.checkpoint import Checkpointer
+from bigssl_jax.training.checkpoint import Checkpointer, Keep
 from bigssl_jax.training.optimizers import GROUP_DEFAULTS, make_optimizer
 from bigssl_jax.training.state import TrainState
 
@@ -169,10 +184,10 @@ for number, (start, end) in enumerate([
     ((1, 1, 1), (1, 8, 1)), ((1, 8, 1), (2, 2, 2)), ((2, 2, 2), (1, 1, 1)),
 ]):
     state, wanted = fill(abstract(*start), number), abstract(*end)
-    checkpointer = Checkpointer(folder / str(number), 1, IDENTITY)
+    checkpointer = Checkpointer(folder / str(number), Keep(1), IDENTITY)
     checkpointer.save(5, state)
     checkpointer.wait()
-    restored = checkpointer.restore(5, wanted)
+    restored, _ = checkpointer.restore(5, wanted)
     checkpointer.close()
     pairs = list(zip(*(jax.tree.leaves(t) for t in (restored, state, wanted)), strict=True))
     found.append({
@@ -186,7 +201,7 @@ paths = [jax.tree_util.keystr(path) + str(leaf.dtype) for path, leaf in leaves]
 found.append([any(word in path for path in paths)
               for word in ('.mu', '.nu', '.v_row', '.ema', 'codebook', 'bfloat16', 'int32')])
 # The last of all: killed in the middle of a save.
-checkpointer = Checkpointer(folder / 'killed', 2, IDENTITY)
+checkpointer = Checkpointer(folder / 'killed', Keep(2), IDENTITY)
 checkpointer.save(1, fill(abstract(1, 8, 1), 1))
 checkpointer.wait()
 print(json.dumps(found), flush=True)
@@ -198,9 +213,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 AFTER_KILL = (
     COMMON
     + """
-checkpointer = Checkpointer(pathlib.Path(sys.argv[1]) / 'killed', 2, IDENTITY)
-step = checkpointer.latest_step()
-restored = checkpointer.restore(step, abstract(1, 1, 1))
+checkpointer = Checkpointer(pathlib.Path(sys.argv[1]) / 'killed', Keep(2), IDENTITY)
+step = checkpointer.steps()[0]
+restored, _ = checkpointer.restore(step, abstract(1, 1, 1))
 checkpointer.close()
 print(json.dumps([step, fingerprint(restored) == fingerprint(fill(abstract(1, 1, 1), step))]))
 """
@@ -212,7 +227,7 @@ PAIR = (
 folder, process, port = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize('127.0.0.1:' + port, num_processes=2, process_id=process)
 state = fill(abstract(1, 2, 2), 3)
-checkpointer = Checkpointer(folder, 1, IDENTITY)
+checkpointer = Checkpointer(folder, Keep(1), IDENTITY)
 checkpointer.save(7, state)
 checkpointer.wait()
 checkpointer.close()
@@ -223,8 +238,9 @@ print(json.dumps([jax.process_count(), fingerprint(state)]))
 ALONE = (
     COMMON
     + """
-checkpointer = Checkpointer(pathlib.Path(sys.argv[1]), 1, IDENTITY)
-found = [fingerprint(checkpointer.restore(7, abstract(*sizes))) for sizes in ((1, 1, 1), (2, 2, 2))]
+checkpointer = Checkpointer(pathlib.Path(sys.argv[1]), Keep(1), IDENTITY)
+meshes = ((1, 1, 1), (2, 2, 2))
+found = [fingerprint(checkpointer.restore(7, abstract(*sizes))[0]) for sizes in meshes]
 checkpointer.close()
 print(json.dumps([*found, fingerprint(fill(abstract(1, 1, 1), 3))]))
 """

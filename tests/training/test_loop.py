@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ import pytest
 from bigssl_jax.parallel import make_mesh
 from bigssl_jax.parallel.fingerprint import fingerprint
 from bigssl_jax.training import loop
-from bigssl_jax.training.checkpoint import Checkpointer
+from bigssl_jax.training.checkpoint import Checkpointer, Keep
+from bigssl_jax.training.guard import GuardSettings
 from bigssl_jax.training.loop import LoopSettings, Run, TrainingFailed, train
 from bigssl_jax.training.optimizers import GROUP_DEFAULTS, make_optimizer, make_schedules
 from bigssl_jax.training.signals import Stopped, StopRequest
@@ -89,7 +91,7 @@ SETTINGS = LoopSettings(steps=STEPS, log_every=2, save_every=5)
 
 def go(directory, stream=None, settings=SETTINGS, stop=None, **given):
     directory.mkdir(exist_ok=True)
-    checkpointer = Checkpointer(directory / 'checkpoints', 2, {'config': 'toy'})
+    checkpointer = Checkpointer(directory / 'checkpoints', Keep(2), {'config': 'toy'})
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make_state()
     )
@@ -176,7 +178,8 @@ def test_batches_with_nan_are_skipped_and_counted(tmp_path):
     state = go(tmp_path / 'a', Toy(bad=(2, 3, 8)))
     assert int(state.skipped) == 3
     assert log(tmp_path / 'a')[-1]['skipped'] == 3
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+    changed = (state.params, state.optimizer, state.ema)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(changed))
     lines = log(tmp_path / 'a')
     # Both steps up to 4 were skipped: there is no loss to tell. Step 10 is told by step 9's alone.
     assert [x['step'] for x in lines if 'loss' not in x] == [4]
@@ -184,10 +187,78 @@ def test_batches_with_nan_are_skipped_and_counted(tmp_path):
     assert lines[-1]['loss'] < lines[0]['loss']
 
 
-def test_more_skipped_steps_than_allowed_end_the_run_with_advice(tmp_path):
-    settings = dataclasses.replace(SETTINGS, max_skipped=2)
-    with pytest.raises(TrainingFailed, match=r'3 steps .*\(allowed: 2\).*learning rate'):
-        go(tmp_path / 'a', Toy(bad=(1, 4, 5)), settings)
+STRICT = dataclasses.replace(SETTINGS, guard=GuardSettings(max_skipped=2.5))
+
+
+def rollbacks(directory):
+    return [json.loads(line) for line in (directory / 'rollbacks.jsonl').read_text().splitlines()]
+
+
+def test_after_many_skipped_steps_the_run_goes_back_and_past_their_batches(tmp_path):
+    stream = Toy(bad=(5, 6, 7))
+    state = go(tmp_path / 'a', stream, STRICT)
+    assert int(state.step) == STEPS and int(state.skipped) == 0
+    # Noticed after step 8; back to the checkpoint of step 5, whose next batch is now number 8.
+    (line,) = rollbacks(tmp_path / 'a')
+    assert (line['diverged'], line['back_to'], line['passed_over']) == (8, 5, 3)
+    assert stream.asked[:8] == list(range(8)) and 8 in stream.asked[8:10]
+    rates = {x['step']: x['rate/all'] for x in log(tmp_path / 'a')}
+    assert rates[4] == pytest.approx(0.3) and rates[6] == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize('broken_at', [8, 13])
+def test_a_run_that_went_back_is_resumed_to_the_same_bits(tmp_path, broken_at):
+    whole = go(tmp_path / 'whole', Toy(bad=(5, 6, 7)), STRICT)
+
+    def fail(k):
+        if k == broken_at and (tmp_path / 'broken' / 'rollbacks.jsonl').exists():
+            raise RuntimeError('power cut')
+
+    with pytest.raises(RuntimeError, match='power cut'):
+        go(tmp_path / 'broken', Toy(bad=(5, 6, 7), at=fail), STRICT)
+    state = go(tmp_path / 'broken', Toy(bad=(5, 6, 7)), STRICT)
+    assert fingerprint(state) == fingerprint(whole)
+
+
+def test_a_run_that_diverges_again_and_again_ends_with_advice(tmp_path):
+    with pytest.raises(TrainingFailed, match=r'went back 3 times .*lower the peak'):
+        go(tmp_path / 'a', Toy(bad=range(5, 100)), STRICT)
+    assert [line['back_to'] for line in rollbacks(tmp_path / 'a')] == [5, 5, 5]
+    assert [line['passed_over'] for line in rollbacks(tmp_path / 'a')] == [3, 6, 9]
+
+
+def test_a_loss_that_rises_takes_the_run_back(tmp_path):
+    class Spike(Toy):
+        def _batch(self, k):
+            batch = super()._batch(k)
+            return {**batch, 'y': batch['y'] * (100 if 130 <= k < 135 else 1)}
+
+    settings = dataclasses.replace(SETTINGS, steps=150, save_every=40)
+    state = go(tmp_path / 'a', Spike(), settings)
+    first, *_ = lines = rollbacks(tmp_path / 'a')
+    assert 130 < first['diverged'] <= 136
+    # Going back does not leave the bad batches behind at once where they are many.
+    assert {line['back_to'] for line in lines} == {120} and len(lines) <= 3
+    assert all('the loss has risen' in line['reason'] for line in lines)
+    np.testing.assert_allclose(state.params['kernel'], [1, -2, 3], atol=0.05)
+
+
+@pytest.mark.parametrize('what', ['a flipped byte', 'a cut file', 'a lost folder'])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, capsys, what):
+    whole = go(tmp_path / 'a')
+    newest = tmp_path / 'a' / 'checkpoints' / '12'
+    if what == 'a lost folder':
+        shutil.rmtree(newest / 'state')
+    else:
+        for file in (newest / 'state').rglob('d/*'):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content[: len(content) // (2 if what == 'a cut file' else 1)])
+    stream = Toy()
+    assert fingerprint(go(tmp_path / 'a', stream)) == fingerprint(whole)
+    assert stream.asked[0] == 10
+    assert '12 is damaged' in capsys.readouterr().out
+    assert (tmp_path / 'a' / 'checkpoints' / '12.damaged').is_dir()
 
 
 def test_a_collapsed_objective_ends_the_run_with_its_advice(tmp_path):

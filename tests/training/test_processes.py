@@ -26,7 +26,7 @@ from bigssl_jax.parallel.distributed import batch_slice, finish, leave, start_di
 start_distributed()
 import jax
 from bigssl_jax.parallel import make_mesh, replicated
-from bigssl_jax.training.checkpoint import Checkpointer
+from bigssl_jax.training.checkpoint import Checkpointer, Keep
 from bigssl_jax.training.loop import LoopSettings, train
 from bigssl_jax.training.signals import stop_on_signals
 
@@ -48,7 +48,7 @@ class Slice(toy.Toy):
 
 try:
     mesh = make_mesh({'data': -1})
-    checkpointer = Checkpointer(folder / 'checkpoints', 3, {'config': 'toy'})
+    checkpointer = Checkpointer(folder / 'checkpoints', Keep(3), {'config': 'toy'})
     make = jax.jit(toy.make_state, out_shardings=replicated(mesh))
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
