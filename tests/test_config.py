@@ -83,7 +83,7 @@ def test_the_experiment_of_these_tests_resolves_and_resolving_again_changes_noth
         ('stages.base.streams.s.batch_second', "did you mean 'batch_seconds'?"),
         ('stages.teacher.spec_augment.freq_masc', "did you mean 'freq_masks'?"),
         ('stages.labels.techer', "stages.labels.techer: did you mean 'teacher'?"),
-        ('stages.base.zzz', 'allowed: dev, eval_every'),
+        ('stages.base.zzz', 'allowed: dev, divergence, eval_every'),
     ],
 )
 def test_an_unknown_field_names_the_nearest(path, told):
