@@ -95,6 +95,12 @@ def dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
     return jnp.where(bits >= threshold, kept, jnp.zeros((), x.dtype))
 
 
+def row_dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
+    """Dropout of [B, T, D] with one key per row [B], the same whatever the row's batch mates."""
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
 def _mix(x: jax.Array) -> jax.Array:
     """A 32-bit integer mixer of full avalanche: xor-shifts between two odd multiplications."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)

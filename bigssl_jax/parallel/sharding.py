@@ -36,6 +36,8 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 _active_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar('mesh', default=None)
+# True inside of `per_row`, where every array is a device's own and there is nothing to lay out.
+_alone: contextvars.ContextVar[bool] = contextvars.ContextVar('alone', default=False)
 
 
 @contextlib.contextmanager
@@ -106,13 +108,15 @@ def stored(parameter: jax.Array, names: Sequence[str | None], dtype: Any) -> jax
       dtype: of the products.
     """
     mesh, cast = _active_mesh.get(), parameter.astype(dtype)
-    if mesh is None or not any(resolve_axes(names, parameter.shape, mesh)):
+    if mesh is None or _alone.get() or not any(resolve_axes(names, parameter.shape, mesh)):
         return cast
     return constrain(cast, names)
 
 
 def _mesh_of_trace(what: str) -> Mesh | None:
-    """The mesh of `use_mesh`; None where there is a single device and no need of one."""
+    """The mesh of `use_mesh`; None where there is a single device, or each works alone."""
+    if _alone.get():
+        return None
     mesh = _active_mesh.get()
     if mesh is None and jax.device_count() > 1:
         raise RuntimeError(
@@ -164,6 +168,42 @@ def per_shard(
     # A kernel does not say along which axes its result varies: nothing there to check.
     split = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     return split(*arrays)
+
+
+def per_row(function: Callable[[Any, Any], Any], rows: Any, shared: Any) -> Any:
+    """`function(rows, shared)`, every device computing on its own rows with all of `shared`.
+
+    For loops over steps: left to the compiler, what every step takes from split parameters would
+    travel in every step, and so would what it adds to their gradients.
+
+    Args:
+      function: its results for some of the rows are those rows of the results.
+      rows: a tree of arrays with leading axis B.
+      shared: a tree of arrays; each device is given the whole, and the gradient is summed once.
+
+    Returns:
+      A tree of arrays with leading axis B.
+    """
+    mesh = _mesh_of_trace('per_row')
+    if mesh is None or mesh.size == 1:
+        return function(rows, shared)
+    first = resolve_axes(('batch',), jax.tree.leaves(rows)[0].shape[:1], mesh)
+
+    def alone(rows: Any, shared: Any) -> Any:
+        token = _alone.set(True)
+        try:
+            return function(rows, shared)
+        finally:
+            _alone.reset(token)
+
+    split = jax.shard_map(
+        alone,
+        mesh=mesh,
+        in_specs=(first, PartitionSpec()),
+        out_specs=first,
+        check_vma=False,
+    )
+    return split(rows, shared)
 
 
 def logical_to_shardings(boxed: Any, mesh: Mesh) -> Any:
