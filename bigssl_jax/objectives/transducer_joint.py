@@ -11,17 +11,20 @@ again, and the log-normaliser that the forward pass kept.
 Only a tile of logits is ever alive: the forward pass keeps the planes [B, T, U+1], the backward
 pass computes the tile again, and turns it in place into the derivative by the logits.
 
-With rows on many devices, every device adds up the gradient of the kernel over its own rows and
-all tiles; the sum over devices is left to the end.  Summed tile by tile it would be sent T / t
-times.
+With rows on many devices the loop over tiles must not talk.  So the kernel is gathered before it,
+and each device adds up the gradient of the kernel over its own rows: the sums have an axis of
+groups of rows, one group per device, which is summed after the loop.  (Summed over all rows at
+each tile, [J, V] would be sent T / t times.)
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from bigssl_jax.parallel import constrain, parts
 
 __all__ = ['HAT', 'RNNT', 'Factorisation', 'arcs_of_joint', 'arcs_of_logits', 'default_tile']
 
@@ -170,8 +173,10 @@ def _joint_forward(
     factorisation: Factorisation,
     tile: int,
 ) -> tuple[Any, tuple[jax.Array, ...]]:
+    whole = _gathered(kernel, encoded.dtype)
+
     def arcs(tile_encoded: jax.Array) -> tuple[jax.Array, ...]:
-        logits = _logits(_hidden(tile_encoded, predicted), kernel, bias)
+        logits = _logits(_hidden(tile_encoded, predicted), whole, bias)
         wide = jnp.broadcast_to(labels[:, None], logits.shape[:-1])
         return factorisation.arcs(logits, wide, blank_id)
 
@@ -188,26 +193,31 @@ def _joint_backward(
     cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, ...]:
     encoded, predicted, kernel, bias, labels, normaliser = kept
+    whole = _gathered(kernel, encoded.dtype)
+    groups = parts('batch', encoded.shape[0])
 
     def step(sums: tuple[jax.Array, ...], now: tuple[jax.Array, ...]) -> tuple:
         tile_encoded, *planes = now
         hidden = _hidden(tile_encoded, predicted)
-        logits = _logits(hidden, kernel, bias)
+        logits = _logits(hidden, whole, bias)
         wide = jnp.broadcast_to(labels[:, None], logits.shape[:-1])
         d_logits = factorisation.gradient(logits, wide, blank_id, *planes)
         narrow = d_logits.astype(hidden.dtype)
-        d_kernel = jnp.einsum('btuj,btuv->jv', hidden, narrow, preferred_element_type=jnp.float32)
-        d_hidden = jnp.einsum(
-            'btuv,jv->btuj', narrow, kernel.astype(narrow.dtype), preferred_element_type=jnp.float32
-        )
+        d_hidden = _product('btuv,jv->btuj', narrow, whole)
         d_sum = d_hidden * (1.0 - jnp.square(hidden.astype(jnp.float32)))
-        new = (jnp.sum(d_sum, axis=1), d_kernel, jnp.sum(d_logits, axis=(0, 1, 2)))
-        return tuple(a + b for a, b in zip(sums, new, strict=True)), jnp.sum(d_sum, axis=2)
+        new = (
+            jnp.sum(d_sum, axis=1),
+            _product('gnj,gnv->gjv', _grouped(hidden, groups), _grouped(narrow, groups)),
+            jnp.sum(_grouped(d_logits, groups), axis=1),
+        )
+        sums = tuple(a + b for a, b in zip(sums, new, strict=True))
+        return (sums[0], *_by_device(sums[1:])), jnp.sum(d_sum, axis=2)
 
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (predicted, kernel, bias))
+    shapes = (predicted.shape, (groups, *kernel.shape), (groups, *bias.shape))
+    first, *grouped = (jnp.zeros(shape, jnp.float32) for shape in shapes)
     tiles = tuple(_cut(x, tile) for x in (encoded, normaliser, *cotangents))
-    (d_predicted, d_kernel, d_bias), d_encoded = jax.lax.scan(step, zeros, tiles)
-    gradients = (_paste(d_encoded, encoded.shape[1]), d_predicted, d_kernel, d_bias)
+    sums, d_encoded = jax.lax.scan(step, (first, *_by_device(grouped)), tiles)
+    gradients = (_paste(d_encoded, encoded.shape[1]), sums[0], sums[1].sum(0), sums[2].sum(0))
     primals = (encoded, predicted, kernel, bias)
     return *(g.astype(x.dtype) for g, x in zip(gradients, primals, strict=True)), None
 
@@ -216,8 +226,9 @@ arcs_of_joint.defvjp(_joint_forward, _joint_backward)
 
 
 def default_tile(rows: int, frames: int, columns: int, vocabulary: int) -> int:
-    """Frames of a tile: a hundredth of them, or what fits into TILE_BYTES on a device."""
-    fit = TILE_BYTES // max(rows * columns * vocabulary * 4, 1)
+    """Frames of a tile: a hundredth of all, or more while TILE_BYTES on a device hold them."""
+    on_device = rows // parts('batch', rows) * columns * vocabulary // parts('vocab', vocabulary)
+    fit = TILE_BYTES // max(4 * on_device, 1)
     return max(1, -(-frames // MOST_TILES), min(fit, frames))
 
 
@@ -228,9 +239,30 @@ def _hidden(encoded: jax.Array, predicted: jax.Array) -> jax.Array:
 
 
 def _logits(hidden: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """float32 [..., V]; the product runs in the dtype of `hidden`."""
-    kernel = kernel.astype(hidden.dtype)
-    return bias.astype(jnp.float32) + jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    """float32 [B, t, U+1, V] of hidden [B, t, U+1, J] and a kernel of the same dtype."""
+    return bias.astype(jnp.float32) + _product('btuj,jv->btuv', hidden, kernel)
+
+
+def _product(how: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(how, a, b, preferred_element_type=jnp.float32)
+
+
+def _gathered(kernel: jax.Array, dtype: Any) -> jax.Array:
+    """The kernel in the dtype of the products, whole on every device but for V."""
+    kernel = kernel.astype(dtype)
+    return kernel if parts('embed', kernel.shape[0]) == 1 else constrain(kernel, (None, 'vocab'))
+
+
+def _grouped(x: jax.Array, groups: int) -> jax.Array:
+    """[B, t, U+1, ...] -> [groups, B / groups * t * (U+1), ...]: rows of one device are a group."""
+    return x.reshape(groups, -1, x.shape[-1])
+
+
+def _by_device(sums: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Lays out [groups, ..., V] with every group on its device."""
+    if sums[0].shape[0] == 1:
+        return tuple(sums)
+    return tuple(constrain(x, ('batch', *(None,) * (x.ndim - 2), 'vocab')) for x in sums)
 
 
 def _cut(x: jax.Array, tile: int) -> jax.Array:

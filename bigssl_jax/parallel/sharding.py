@@ -113,6 +113,15 @@ def stored(parameter: jax.Array, names: Sequence[str | None], dtype: Any) -> jax
     return constrain(cast, names)
 
 
+def parts(name: str, size: int) -> int:
+    """Into how many parts the mesh of `use_mesh` cuts a dimension of `size` with this name."""
+    mesh = _active_mesh.get()
+    if mesh is None or _alone.get():
+        return 1
+    axes = resolve_axes((name,), (size,), mesh)[0]
+    return _product(mesh, axes if isinstance(axes, tuple) else (axes,) if axes else ())
+
+
 def _mesh_of_trace(what: str) -> Mesh | None:
     """The mesh of `use_mesh`; None where there is a single device, or each works alone."""
     if _alone.get():

@@ -1,7 +1,11 @@
 """Transducer losses against a sum over all paths, torchaudio's, and what padding may hold."""
 
 import itertools
+import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -399,3 +403,59 @@ def test_memory_is_a_twentieth_of_the_logits():
         used = program.memory_analysis().temp_size_in_bytes
         logits = 4 * rows * frames * (labels + 1) * vocabulary
         assert 4 * rows * (labels + 1) * vocabulary < used < 0.05 * logits
+
+
+ON_EIGHT_DEVICES = """
+import json
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from bigssl_jax.objectives.transducer import fused_rnnt_loss
+from bigssl_jax.parallel import BATCH_AXES, make_mesh, use_mesh
+from bigssl_jax.parallel.collectives import collectives
+
+random = np.random.default_rng(0)
+B, T, U, V, J = 8, 12, 5, 16, 8
+network = [random.normal(size=s).astype(np.float32) for s in ((B, T, J), (B, U + 1, J), (J, V), V)]
+rest = [random.integers(a, b, s).astype(np.int32)
+        for a, b, s in ((1, V, (B, U)), (1, T + 1, B), (0, U + 1, B))]
+
+def run(axes, devices=None):
+    mesh = make_mesh(axes, devices)
+    rows = NamedSharding(mesh, P(BATCH_AXES))
+    kernel, bias = (NamedSharding(mesh, P(*spec)) for spec in (('fsdp', 'tensor'), ('tensor',)))
+    layout = (rows, rows, kernel, bias)
+    def loss(*x):
+        return jnp.sum(fused_rnnt_loss(*x, tile_frames=2))
+    with use_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)),
+                       in_shardings=(*layout, rows, rows, rows), out_shardings=(None, layout))
+        program = step.lower(*network, *rest).compile()
+    found = [[c.operation, '+'.join(c.axes), c.count] for c in collectives(program.as_text(), mesh)]
+    return [np.asarray(x) for x in jax.tree.leaves(program(*network, *rest))], found
+
+one, _ = run({}, jax.devices()[:1])
+out = []
+for axes in ({'data': 2, 'fsdp': 4}, {'data': 2, 'fsdp': 2, 'tensor': 2}):
+    values, found = run(axes)
+    out.append([max(float(np.abs(a - b).max()) for a, b in zip(values, one)), found])
+print(json.dumps(out))
+"""
+
+
+def test_rows_on_many_devices_do_not_talk_in_the_loop():
+    # The optimisation level is of code generation; the partitioner comes before it.
+    flags = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+    done = subprocess.run(
+        [sys.executable, '-c', ON_EIGHT_DEVICES],
+        capture_output=True, text=True, timeout=250, check=False,
+        env={**os.environ, 'XLA_FLAGS': flags},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for difference, found in json.loads(done.stdout.splitlines()[-1]):
+        assert difference < 1e-5
+        # Once, before and after the 6 tiles: the kernel is gathered, gradients are summed.
+        across_rows = [(operation, count) for operation, axes, count in found if axes != 'tensor']
+        assert {operation for operation, _ in across_rows} <= {'all-gather', 'all-reduce'}
+        assert across_rows and all(count == 1 for _, count in across_rows)
+        gathered = [axes for operation, axes, _ in found if operation == 'all-gather']
+        assert gathered == ['fsdp']
