@@ -56,7 +56,10 @@ EXTRAS = {
     'plan': ['jax[tpu]>=0.10.0,<0.13'],
     # CUDA 12 wheels; the driver is the only thing taken from the machine
     'gpu': ['jax[cuda12]>=0.10.0,<0.13'],
+    # the normaliser 'whisper-english' of `bigssl score`
+    'whisper': ['whisper-normalizer>=0.1.10,<0.2'],
     'dev': [
+        'whisper-normalizer>=0.1.10,<0.2',
         'jax[tpu]>=0.10.0,<0.13',
         'pytest>=8.4,<10',
         'pytest-timeout>=2.3.1,<3',

@@ -328,25 +328,17 @@ def _add_prepare(verbs: Any) -> None:
     verb.add_argument('--jobs', type=int, metavar='N', help='processes (default: one per core)')
     verb.add_argument('--data-dir', metavar='DIR', help='where TFDS keeps its data (with --tfds)')
     verb.add_argument(
-        '--shard-size', type=int, default=512, metavar='N', help='utterances a shard (512)'
+        '--shard-size', type=int, default=512, metavar='N', help='of utterances (512)'
     )
+    for name, default, text in (
+        ('--min-seconds', 0.1, 'shorter ones are put aside (0.1)'),
+        ('--max-seconds', 120.0, 'longer ones, too (120)'),
+    ):
+        verb.add_argument(name, type=float, default=default, metavar='S', help=text)
     verb.add_argument(
-        '--min-seconds',
-        type=float,
-        default=0.1,
-        metavar='S',
-        help='shorter ones are put aside (0.1)',
-    )
-    verb.add_argument(
-        '--max-seconds', type=float, default=120.0, metavar='S', help='longer ones, too (120)'
-    )
-    verb.add_argument(
-        '--max-quarantine',
-        type=float,
-        default=0.1,
-        metavar='SHARE',
+        '--max-quarantine', type=float, default=0.1, metavar='SHARE',
         help='stop when more than this share of the utterances is bad (0.1)',
-    )
+    )  # fmt: skip
     verb.add_argument(
         '--ignore', default='', metavar='A,B', help='manifest fields to pass over, comma-separated'
     )
@@ -396,7 +388,8 @@ def _add_transcribe(verbs: Any) -> None:
     verb = _add_verb(
         verbs,
         'transcribe',
-        'Transcribe audio files.  wav, flac, ogg, opus, mp3 of any rate; one line of text a file.',
+        'Transcribe audio files.  Any common kind, rate and length; one line of text a file.  An'
+        ' interrupted command with --output continues.',
         '  bigssl transcribe --checkpoint runs/quickstart/student hello.wav talk.flac\n'
         '  bigssl transcribe --checkpoint runs/quickstart/student --output out.jsonl *.flac',
         _transcribe,
@@ -406,8 +399,16 @@ def _add_transcribe(verbs: Any) -> None:
     )
     verb.add_argument('audio', nargs='+', metavar='AUDIO', help='audio files, or folders of them')
     verb.add_argument(
-        '--output', metavar='FILE', help='JSON Lines: id, text, confidence, seconds, words'
+        '--output',
+        metavar='FILE',
+        help='JSON Lines: id, text, confidence, seconds, words (-: print)',
     )
+    verb.add_argument('--overwrite', action='store_true', help='replace an output that is there')
+    for name, default, text in (
+        ('--window', 30.0, 'longer files are cut into windows of this length (30)'),
+        ('--overlap', 4.0, 'which share this much with the next (4)'),
+    ):
+        verb.add_argument(name, type=float, default=default, metavar='S', help=text)
 
 
 def _transcribe(options: argparse.Namespace) -> Any:
@@ -416,7 +417,10 @@ def _transcribe(options: argparse.Namespace) -> Any:
     configure_platform()
     from bigssl_jax.stages.transcribe import transcribe_command
 
-    return transcribe_command(options.checkpoint, options.audio, options.output)
+    return transcribe_command(
+        options.checkpoint, options.audio, options.output, options.window, options.overlap,
+        options.overwrite,
+    )  # fmt: skip
 
 
 def _add_score(verbs: Any) -> None:
@@ -434,25 +438,26 @@ def _add_score(verbs: Any) -> None:
     verb.add_argument('--hypotheses', required=True, metavar='FILE', help='JSON Lines: id, text')
     verb.add_argument('--second', metavar='FILE', help='a second system, for a paired test')
     verb.add_argument(
-        '--normaliser', default='english', help='of texts: none, basic or english (default)'
-    )
+        '--normaliser', default='english', metavar='NAME',
+        help='of texts: none, basic, english (default) or whisper-english',
+    )  # fmt: skip
     verb.add_argument(
         '--worst', type=int, default=0, metavar='N', help='show the N worst utterances, aligned'
     )
 
 
 def _score(options: argparse.Namespace) -> Any:
-    from bigssl_jax.data.text import check_normaliser, normalise_text
+    from bigssl_jax.data.text import scoring_normaliser
     from bigssl_jax.evaluation.score import score_command
 
-    check_normaliser(options.normaliser)
-    return score_command(
+    result = score_command(
         options.references,
         options.hypotheses,
         second=options.second,
-        normalise=lambda text: normalise_text(text, options.normaliser),
+        normalise=scoring_normaliser(options.normaliser),
         worst=options.worst,
     )
+    return {**result, 'normaliser': options.normaliser}
 
 
 def _add_report(verbs: Any) -> None:

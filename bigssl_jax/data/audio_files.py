@@ -8,7 +8,8 @@ file seeks, decodes only the cut, and resamples only the cut; MP3 has no index t
 the file is decoded up to the cut (PyAV; sample for sample libsndfile's result).
 
 A decoder often hides damage: libsndfile shortens a truncated WAV or Ogg file without a word. So the
-promise made by a file's own header is read here and held against what was decoded (`_promise`).
+promise made by a file's own header is read here (`promised_frames`) and held against what was
+decoded.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def read_audio(
     name = f'<{len(source)} bytes>' if isinstance(source, bytes) else os.fspath(source)
     kind = (kind or ('' if isinstance(source, bytes) else os.path.splitext(name)[1])).lower()
     try:
-        with _open(source) as file:
+        with open_audio(source) as file:
             decode = _decode_pyav if kind in PYAV_FORMATS else _decode_sndfile
             waveform, rate = decode(file, kind, offset, duration, true_rate, max_seconds)
     except BadAudio as error:
@@ -113,7 +114,8 @@ def check_audio(
             raise BadAudio('clipped', f'{clipped:.1%} at full scale, at most {max_clipped:.1%}')
 
 
-def _open(source: Any) -> BinaryIO:
+def open_audio(source: Any) -> BinaryIO:
+    """A path or bytes as a binary file. BadAudio: missing or unreadable."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     try:
@@ -128,11 +130,11 @@ def _decode_sndfile(file, kind, offset, duration, true_rate, max_seconds):
     """-> float32 [S, channels], rate. `file` is an open binary file."""
     import soundfile
 
-    promised = _promise(file)
+    promised = promised_frames(file)
     try:
         sound = soundfile.SoundFile(file)
     except soundfile.LibsndfileError as error:
-        if not _size(file):
+        if not size_of(file):
             raise BadAudio('empty', '0 bytes') from None
         reason = 'truncated' if promised == CUT_IN_TWO else 'unreadable'
         raise BadAudio(reason, error.error_string or f'error {error.code}') from None
@@ -172,11 +174,19 @@ def _refuse_long(duration: float | None, seconds: float, max_seconds: float | No
         raise BadAudio('too_long', f'{length:.1f} s, at most {max_seconds:g} s wanted')
 
 
-def _size(file: BinaryIO) -> int:
+def refuse_empty(file: BinaryIO) -> None:
+    """BadAudio for a file of 0 bytes (FFmpeg fails in many ways on one); leaves it at its start."""
+    if not size_of(file):
+        raise BadAudio('empty', '0 bytes')
+    file.seek(0)
+
+
+def size_of(file: BinaryIO) -> int:
+    """Bytes of an open file; leaves it at its end."""
     return file.seek(0, os.SEEK_END)
 
 
-def _promise(file: BinaryIO) -> int | None:
+def promised_frames(file: BinaryIO) -> int | None:
     """Frames that the header promises where libsndfile would not tell; None when nothing is known.
 
     WAV: the data chunk's size. Ogg: `CUT_IN_TWO` when the file ends within a page.
@@ -212,7 +222,7 @@ def _wav_frames(file: BinaryIO) -> int | None:
 
 
 def _ogg_is_cut(file: BinaryIO) -> bool:
-    size = _size(file)
+    size = size_of(file)
     file.seek(max(0, size - OGG_TAIL))
     tail = file.read()
     page = tail.rfind(b'OggS')
@@ -227,6 +237,7 @@ def _decode_pyav(file, kind, offset, duration, true_rate, max_seconds):
     """-> float32 [S, channels], rate. Decodes from the start and keeps the cut only."""
     import av
 
+    refuse_empty(file)
     try:
         with av.open(file, format=PYAV_FORMATS.get(kind)) as container:
             if not container.streams.audio:
@@ -236,8 +247,6 @@ def _decode_pyav(file, kind, offset, duration, true_rate, max_seconds):
             stop = None if duration is None else start + max(1, round(duration * rate))
             waveform, decoded = _pyav_frames(container, rate, start, stop, max_seconds)
     except av.FFmpegError as error:
-        if not _size(file):
-            raise BadAudio('empty', '0 bytes') from None
         raise BadAudio('unreadable', error.strerror or str(error)) from None
     if decoded == 0:
         raise BadAudio('empty', 'no samples')

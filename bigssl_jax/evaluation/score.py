@@ -172,6 +172,11 @@ def _text_line(place: str, text: str, number: int) -> TextLine:
         raise ScoreError(f'{place}: not JSON ({error})') from error
     if not isinstance(value, Mapping):
         raise ScoreError(f'{place}: {text.strip()[:40]!r} is no JSON object with id and text')
+    if 'error' in value and 'text' not in value:
+        raise ScoreError(
+            f'{place}: {value.get("id")!r} was not transcribed ({value["error"]}); transcribe it'
+            ' again, or take it out of both files'
+        )
     for field in ('id', 'text'):
         if field not in value:
             raise ScoreError(f'{place}: no field {field!r}; fields: {sorted(value)}')

@@ -1,80 +1,225 @@
-"""`bigssl transcribe`: audio files into text, one bad file never stopping the rest."""
+"""`bigssl transcribe`: audio files of any length into text, one bad file never stopping the rest.
 
-import json
+    files --audio_windows.py--> batches --Recogniser--> hypotheses of windows
+          --long_form.Joiner--> one hypothesis a file --> lines, in the order of the files
+
+A line is written as soon as its file and all before it are done.  With an output file, lines go to
+`FILE.partial` first; the file gets its name when all lines are there.  An interrupted command
+finds `FILE.partial`, keeps its lines and continues behind them.
+"""
+
+import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from bigssl_jax.config import UserError
-from bigssl_jax.data.audio_files import read_audio
-from bigssl_jax.data.errors import DataError
+from bigssl_jax.data.audio_blocks import AUDIO_SUFFIXES
 from bigssl_jax.data.tokenizer import Tokenizer
+from bigssl_jax.decoding.long_form import Joiner, Piece
+from bigssl_jax.decoding.words import words
 from bigssl_jax.parallel import make_mesh
-from bigssl_jax.stages.model import Model, load_model
+from bigssl_jax.stages.audio_windows import RATE, AudioWindows, Windowing, one_ahead
+from bigssl_jax.stages.model import load_model
 from bigssl_jax.stages.recognition import Hypothesis, Recogniser
-from bigssl_jax.training.metrics import clock
+from bigssl_jax.stages.transcript_file import TranscriptFile
+from bigssl_jax.training.metrics import Progress, clock
 
-AUDIO_SUFFIXES = ('.wav', '.flac', '.ogg', '.opus', '.mp3', '.g722')
-BATCH_SECONDS = 120.0
-# Lengths are rounded up to these, so that a folder of files needs few compiled programs.
-LENGTHS = (2.0, 4.0, 8.0, 16.0, 30.0)
+WINDOW_SECONDS = 30.0
+OVERLAP_SECONDS = 4.0
+
+Line = dict[str, Any]
+
+
+class Recognises(Protocol):
+    """What transcription needs of a recogniser."""
+
+    def recognise(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[Hypothesis]: ...
 
 
 def transcribe_command(
-    checkpoint: str, audio: Sequence[str], output: str | None = None
+    checkpoint: str,
+    audio: Sequence[str],
+    output: str | None = None,
+    window: float = WINDOW_SECONDS,
+    overlap: float = OVERLAP_SECONDS,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Transcribes files and folders with a fine-tuned model.
 
     Args:
       checkpoint: a finished finetune stage's folder, or its `model` folder.
       audio: files, or folders that are searched for audio files.
-      output: JSON Lines to write instead of text on standard output: id, text, confidence,
-        seconds, words (text, start, end, confidence); a file that fails has `error` instead.
+      output: JSON Lines to write instead of text on standard output ('-': on standard output): id,
+        text, confidence, seconds, words (text, start, end, confidence); a file that fails has
+        `error` instead.
+      window: seconds that the model hears at once; longer files are cut into overlapping windows.
+      overlap: seconds that neighbouring windows share.
+      overwrite: replaces an output file that is there.
 
     Returns:
-      {'files', 'failed', 'audio_seconds', 'rtfx', 'utterances': the lines}.
+      {'files', 'failed', 'audio_seconds', 'rtfx'} and 'output', or without an output file
+      'utterances': the lines.
 
     Raises:
-      UserError: no model there, or none of the files could be read.
+      UserError: no model there, an output file that is there already, or none of the files could be
+        read.
     """
     model = load_model(pathlib.Path(checkpoint))
-    mesh = make_mesh({'data': -1})
-    recogniser = Recogniser.of_model(model, mesh)
-    tokenizer = Tokenizer(model.tokenizer_path)
-    paths = list(_files(audio))
-    lines: dict[int, dict[str, Any]] = {}
-    waveforms: dict[int, np.ndarray] = {}
-    for number, path in enumerate(paths):
-        try:
-            waveforms[number] = read_audio(path, max_seconds=LENGTHS[-1])
-        except DataError as error:
-            lines[number] = {'id': str(path), 'error': str(error)}
-            print(f'{path}: {error}', file=sys.stderr)
-    started = time.monotonic()
-    for hypothesis in recogniser.recognise(_batches(waveforms, mesh.size)):
-        number = hypothesis.utterance
-        lines[number] = _line(str(paths[number]), hypothesis, tokenizer, model)
-    seconds = time.monotonic() - started
-    heard = sum(len(w) for w in waveforms.values()) / 16000
-    ordered = [lines[number] for number in range(len(paths))]
-    _write(ordered, output)
-    print(
-        f'{len(waveforms)} of {len(paths)} files, {clock(heard)} of audio in {clock(seconds)}'
-        f' (RTFx {heard / max(seconds, 1e-9):.1f}, compilation included)',
-        file=sys.stderr,
-    )
-    if not waveforms:
+    frame = round(model.audio.hop_ms * 4 * RATE / 1000)
+    windowing = Windowing.of_seconds(window, overlap, frame)
+    paths = list(dict.fromkeys(_files(audio)))
+    identity = {'model': model.hash, 'window': windowing.window, 'overlap': windowing.overlap}
+    model.transcript_head()
+    with TranscriptFile(output, identity, [str(path) for path in paths], overwrite) as file:
+        mesh = make_mesh({'data': -1})
+        recogniser = Recogniser.of_model(model, mesh)
+        tokenizer = Tokenizer(model.tokenizer_path)
+        reader = AudioWindows(paths[file.kept :], windowing, mesh.size)
+        status = _Status(file, len(paths))
+        lines = transcribe(recogniser, reader, paths[file.kept :], tokenizer, frame, status.heard)
+        for line in lines:
+            status.progress.clear()
+            if 'error' in line:
+                print(line['error'], file=sys.stderr)
+            file.write(line)
+        file.finish()
+    print(status.summary(), file=sys.stderr)
+    if file.failed == len(paths):
         raise UserError('none of the files could be transcribed; the lines above say why')
     return {
         'files': len(paths),
-        'failed': len(paths) - len(waveforms),
-        'audio_seconds': round(heard, 3),
-        'rtfx': round(heard / max(seconds, 1e-9), 2),
-        'utterances': ordered,
+        'failed': file.failed,
+        'audio_seconds': round(file.seconds, 3),
+        'rtfx': round(status.rtfx(), 2),
+        **({'output': output} if file.on_disk else {'utterances': file.lines}),
+    }
+
+
+class _Status:
+    """The progress line, and the speed: seconds of audio transcribed in a second (RTFx)."""
+
+    def __init__(self, file: TranscriptFile, total: int):
+        self._file, self._total, self._before = file, total, file.seconds
+        self._started, self._samples = time.monotonic(), 0
+        self.progress = Progress('transcribe', total, unit='file')
+
+    def heard(self, samples: int) -> None:
+        """Counts a window and shows the line, when one is due."""
+        self._samples += samples
+        seconds = self._samples / RATE
+        rtfx = seconds / (time.monotonic() - self._started)
+        text = f'{self._file.count}/{self._total}  {clock(seconds)} of audio  RTFx {rtfx:.1f}'
+        self.progress.draw(f'transcribe: file {text}', last=False)
+
+    def rtfx(self) -> float:
+        """Of the files that are done; what windows share counts once."""
+        return (self._file.seconds - self._before) / max(time.monotonic() - self._started, 1e-9)
+
+    def summary(self) -> str:
+        """The last line."""
+        took = time.monotonic() - self._started
+        return (
+            f'{self._file.count - self._file.failed} of {self._total} files,'
+            f' {clock(self._file.seconds - self._before)} of audio in {clock(took)}'
+            f' (RTFx {self.rtfx():.1f}, compilation included)'
+        )
+
+
+def transcribe(
+    recogniser: Recognises,
+    reader: AudioWindows,
+    paths: Sequence[os.PathLike],
+    tokenizer: Tokenizer,
+    frame: int,
+    heard: Callable[[int], None],
+) -> Iterator[Line]:
+    """One line for each of the reader's files, in their order, each as soon as it can be said.
+
+    Args:
+      recogniser: decodes batches of windows.
+      reader: of the files.
+      paths: of the files, for their names.
+      tokenizer: of the model.
+      frame: samples of an encoder frame.
+      heard: told the samples of every window that was decoded.
+    """
+    recordings: dict[int, _Recording] = {}
+    pieces = [tokenizer.piece(i) for i in range(tokenizer.vocabulary_size)]
+    following = 0
+
+    def finished() -> Iterator[Line]:
+        nonlocal following
+        while following < len(paths):
+            recording = recordings.get(following, _Recording())
+            name = os.fspath(paths[following])
+            if following in reader.errors:
+                line = {'id': name, 'error': reader.errors[following]}
+            elif recording.count == reader.counts.get(following):
+                heard = recording.joiner.joined()
+                seconds = reader.samples[following] / RATE
+                line = _line(name, heard, seconds, tokenizer, pieces, frame / RATE)
+            else:
+                return
+            recordings.pop(following, None)
+            following += 1
+            yield line
+
+    for hypothesis in recogniser.recognise(one_ahead(reader.batches())):
+        place = reader.places.pop(hypothesis.utterance)
+        if place.file >= following:  # else the file has failed, and its line is written
+            recording = recordings.setdefault(place.file, _Recording())
+            recording.add(place.turn, place.start // frame, hypothesis)
+            heard(place.size)
+            yield from finished()
+    yield from finished()
+
+
+class _Recording:
+    """What was heard in one file so far; windows may come in any order."""
+
+    def __init__(self) -> None:
+        self.joiner, self.count = Joiner(), 0
+        self._waiting: dict[int, tuple[int, Hypothesis]] = {}
+
+    def add(self, turn: int, first: int, hypothesis: Hypothesis) -> None:
+        """Adds window `turn`, whose first frame is frame `first` of the file."""
+        self._waiting[turn] = first, hypothesis
+        while self.count in self._waiting:
+            start, heard = self._waiting.pop(self.count)
+            self.count += 1
+            piece = Piece(
+                np.asarray(heard.tokens),
+                np.asarray(heard.start_frames) + start,
+                np.asarray(heard.end_frames) + start,
+                np.asarray(heard.token_confidence),
+            )
+            self.joiner.add(piece, start, start + heard.frames)
+
+
+def _line(
+    name: str, heard: Piece, seconds: float, tokenizer: Tokenizer, pieces: Sequence[str],
+    frame_seconds: float,
+) -> Line:  # fmt: skip
+    tokens, starts, ends, confidences = (column.tolist() for column in heard)
+    return {
+        'id': name,
+        'text': tokenizer.decode(tokens),
+        'confidence': round(float(np.mean(confidences)) if confidences else 0.0, 4),
+        'seconds': round(seconds, 3),
+        'words': [
+            {
+                'text': word.text,
+                'start': round(word.start, 3),
+                'end': round(min(word.end, seconds), 3),
+                'confidence': round(word.confidence, 4),
+            }
+            for word in words(tokens, starts, ends, confidences, pieces, frame_seconds)
+        ],
     }
 
 
@@ -89,58 +234,3 @@ def _files(audio: Sequence[str]) -> Iterator[pathlib.Path]:
             yield from sorted(inside)
         else:
             yield path
-
-
-def _batches(waveforms: dict[int, np.ndarray], multiple: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of similar lengths, padded to one of LENGTHS; rows are filled up with silence."""
-    for shortest, longest in zip((0.0, *LENGTHS), LENGTHS, strict=False):
-        numbers = [n for n, w in waveforms.items() if shortest * 16000 < len(w) <= longest * 16000]
-        size = max(1, int(BATCH_SECONDS / longest) // multiple) * multiple
-        for start in range(0, len(numbers), size):
-            chosen = numbers[start : start + size]
-            audio = np.zeros((size, int(longest * 16000)), np.int16)
-            counts = np.zeros(size, np.int32)
-            for row, number in enumerate(chosen):
-                audio[row, : len(waveforms[number])] = waveforms[number]
-                counts[row] = len(waveforms[number])
-            fillers = [-1] * (size - len(chosen))
-            yield {
-                'audio': audio,
-                'sample_counts': counts,
-                'rows': np.arange(size, dtype=np.int32),
-                'utterances': np.asarray(chosen + fillers, np.int32),
-                'sources': np.asarray([0] * len(chosen) + fillers, np.int32),
-            }
-
-
-def _line(name: str, hypothesis: Hypothesis, tokenizer: Tokenizer, model: Model) -> dict[str, Any]:
-    frame_seconds = model.audio.hop_ms * 4 / 1000
-    return {
-        'id': name,
-        'text': hypothesis.text,
-        'confidence': round(hypothesis.confidence, 4),
-        'seconds': round(hypothesis.seconds, 3),
-        'words': [
-            {
-                'text': word.text,
-                'start': round(word.start, 3),
-                'end': round(word.end, 3),
-                'confidence': round(word.confidence, 4),
-            }
-            for word in hypothesis.words(tokenizer, frame_seconds)
-        ],
-    }
-
-
-def _write(lines: Sequence[dict[str, Any]], output: str | None) -> None:
-    if output is None:
-        for line in lines:
-            if 'text' in line:
-                print(f'{line["id"]}: {line["text"]}')
-        return
-    try:
-        with open(output, 'w', encoding='utf-8') as file:
-            for line in lines:
-                file.write(json.dumps(line, ensure_ascii=False) + '\n')
-    except OSError as error:
-        raise UserError(f'--output {output}: {error.strerror}') from error

@@ -101,13 +101,6 @@ class Progress:
           audio_per_second: seconds of audio worked on in a second.
           batch_seconds: seconds of audio in a step, for the time left.
         """
-        now = time.monotonic()
-        last = step >= self._total
-        if not is_primary():
-            return
-        if not self._terminal and now - self._shown < self._interval and not last:
-            return
-        self._shown = now
         seconds_left = (self._total - step) * batch_seconds / max(audio_per_second, 1e-9)
         text = (
             f'{self._name}: {self._unit} {step}/{self._total}'
@@ -118,8 +111,23 @@ class Progress:
             text += (
                 f' (whole run {clock(seconds_left + self._later / max(audio_per_second, 1e-9))})'
             )
+        self.draw(text, step >= self._total)
+
+    def draw(self, text: str, last: bool) -> None:
+        """Shows `text` as the line, when one is due; `last` always is."""
+        now = time.monotonic()
+        if not is_primary():
+            return
+        if not self._terminal and now - self._shown < self._interval and not last:
+            return
+        self._shown = now
         end = '\n' if last or not self._terminal else ''
         print(f'\r{text}\x1b[K' if self._terminal else text, end=end, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Takes the line off a terminal, before something else is printed there."""
+        if self._terminal and is_primary():
+            print('\r\x1b[K', end='', file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

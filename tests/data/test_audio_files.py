@@ -139,7 +139,7 @@ def test_a_cut_of_an_hour_does_not_read_the_hour(tmp_path):
     import bigssl_jax.data.audio_files as audio_files
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audio_files, '_open', lambda source: Counting(source))
+        patch.setattr(audio_files, 'open_audio', lambda source: Counting(source))
         cut = read_audio(str(path), 45 * 60 + 10, 2.0)
     assert len(cut) == 32000 and abs(np.mean(cut) - 4500) < 5
     assert sum(reads) < path.stat().st_size / 10

@@ -1,12 +1,13 @@
 """Normalisers do what their table says, in any script, and doing it twice changes nothing."""
 
 import random
+import sys
 import unicodedata
 
 import pytest
 
 from bigssl_jax.data.errors import DataError
-from bigssl_jax.data.text import NORMALISERS, is_spoken, normalise_text
+from bigssl_jax.data.text import NORMALISERS, is_spoken, normalise_text, scoring_normaliser
 
 LINE = "  Don't  panic, Mr. O\u2019Neil \u2014 it's 7! "
 
@@ -85,3 +86,34 @@ def test_digits_are_not_guessed():
 def test_an_unknown_normaliser_is_named():
     with pytest.raises(DataError, match="'whisper', must be one of none, basic, english"):
         normalise_text('a', 'whisper')
+
+
+@pytest.mark.parametrize('name', NORMALISERS)
+def test_scoring_knows_the_normalisers_of_training(name):
+    assert scoring_normaliser(name)(LINE) == normalise_text(LINE, name)
+
+
+@pytest.mark.parametrize(
+    'a, b',
+    [
+        ("Mr. O'Neil's twenty-one!", 'mister o neil is 21'),
+        ('The colour, um, of [noise] money', 'the color of money'),
+        ("we'll pay 5 dollars and 20 cents", 'we will pay $5.20'),
+    ],
+)
+def test_whisper_english_is_the_package(a, b):
+    pytest.importorskip('whisper_normalizer')
+    normalise = scoring_normaliser('whisper-english')
+    assert normalise(a) == normalise(b)
+    assert normalise('nineteen eighty four') == '1984'
+
+
+def test_a_normaliser_that_is_missing_or_unknown_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'whisper_normalizer.english', None)
+    with pytest.raises(DataError, match=r"pip install 'bigssl-jax\[whisper\]'"):
+        scoring_normaliser('whisper-english')
+    with pytest.raises(DataError, match="is 'klingon', must be one of none, .*whisper-english"):
+        scoring_normaliser('klingon')
+    # Nothing learns from a text that nobody speaks.
+    with pytest.raises(DataError, match='must be one of none, basic, english$'):
+        normalise_text('x', 'whisper-english')

@@ -88,6 +88,7 @@ GOOD = {'id': 'u1', 'text': 'x'}
         ([GOOD, '{"id": '], r'h\.jsonl:2: not JSON'),
         (['[1]'], r'h\.jsonl:1: .* is no JSON object'),
         ([{'id': 'u1'}], r"h\.jsonl:1: no field 'text'"),
+        ([{'id': 'u1', 'error': 'a.wav: empty'}], r"h\.jsonl:1: 'u1' was not .* \(a\.wav: empty\)"),
         ([{'text': 'x'}], r"h\.jsonl:1: no field 'id'"),
         ([{'id': 'u1', 'text': None}], r'h\.jsonl:1: text is None'),
         ([{'id': ['u1'], 'text': 'x'}], r'h\.jsonl:1: id is '),
