@@ -63,7 +63,8 @@ def test_the_loss_is_the_sum_over_sentences_and_their_ends():
 
 
 def test_fillers_unknown_tokens_and_padding_weigh_nothing():
-    good = totals(parameters(), batch_of([3, 4], [5]))
+    good_rows = batch_of([3, 4], [5], [], [], [], [])  # as many rows: one program
+    good = totals(parameters(), good_rows)
     spoilt = batch_of([3, 4], [5], [], [3, 9], [0, 3], [-1])
     spoilt['labels'][0, 2:], spoilt['labels'][2] = 99, -7
     found = totals(parameters(), spoilt)
@@ -76,7 +77,7 @@ def test_fillers_unknown_tokens_and_padding_weigh_nothing():
 
     gradient = jax.jit(jax.grad(loss))
     for a, b in zip(
-        *(jax.tree.leaves(gradient(parameters(), x)) for x in (spoilt, batch_of([3, 4], [5]))),
+        *(jax.tree.leaves(gradient(parameters(), x)) for x in (spoilt, good_rows)),
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
