@@ -23,13 +23,13 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import turns
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PEER_PACKAGES = ('torch==2.13.0', 'transformers==5.23.*', 'numpy')
@@ -323,18 +323,7 @@ def work(options: argparse.Namespace) -> None:
 def start_worker(python: str, side: str, objective: str, options: argparse.Namespace) -> Any:
     command = [python, __file__, '--worker', side, '--objective', objective]
     command += ['--remat', options.remat] + (['--parts'] if options.parts else [])
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def ask(worker: Any, word: str | None) -> Any:
-    """One line in (unless None), one line of JSON out."""
-    if word is not None:
-        worker.stdin.write(word + '\n')
-        worker.stdin.flush()
-    line = worker.stdout.readline()
-    if not line:
-        raise SystemExit(f'a worker died with exit code {worker.wait()}; its error stands above')
-    return json.loads(line)
+    return turns.start(command)
 
 
 def compare(objective: str, pythons: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
@@ -350,16 +339,14 @@ def compare(objective: str, pythons: dict[str, str], options: argparse.Namespace
     try:
         for side, python in pythons.items():
             workers[side] = start_worker(python, side, objective, options)
-            result[side] = {**ask(workers[side], None), 'wall': [], 'cpu': []}
+            result[side] = {**turns.ask(workers[side]), 'wall': [], 'cpu': []}
         for _ in range(options.turns):
             for side, worker in workers.items():
-                turn = ask(worker, 'go')
+                turn = turns.ask(worker, 'go')
                 result[side]['wall'] += turn['wall']
                 result[side]['cpu'] += turn['cpu']
     finally:
-        for worker in workers.values():
-            worker.stdin.close()
-            worker.wait()
+        turns.finish(workers.values())
     for side in workers:
         for clock in ('wall', 'cpu'):
             result[side][f'median_{clock}'] = statistics.median(result[side][clock])
@@ -393,18 +380,6 @@ def show(result: dict[str, Any]) -> None:
         print(f'  {name:18}{milliseconds:>8.0f} ms')
 
 
-def peer_python(path: str) -> str:
-    """The peer's interpreter; its environment is made when it is missing."""
-    python = pathlib.Path(path)
-    if not python.exists():
-        folder = python.parent.parent
-        print(f'making {folder} with {", ".join(PEER_PACKAGES)} ...', flush=True)
-        subprocess.run([sys.executable, '-m', 'venv', str(folder)], check=True)
-        install = [str(python), '-m', 'pip', 'install', '--quiet', *PEER_PACKAGES]
-        subprocess.run(install, check=True)
-    return str(python)
-
-
 def main() -> None:
     """Parses the command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
@@ -426,7 +401,10 @@ def main() -> None:
         work(options)
         return
     objectives = ('best_rq', 'ctc') if options.objective == 'both' else (options.objective,)
-    pythons = {'ours': sys.executable, 'peer': peer_python(options.peer_python)}
+    pythons = {
+        'ours': sys.executable,
+        'peer': turns.peer_python(options.peer_python, PEER_PACKAGES),
+    }
     results = [compare(name, pythons, options) for name in objectives]
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(results, indent=1) + '\n')

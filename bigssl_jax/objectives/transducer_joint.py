@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bigssl_jax.parallel import constrain, parts
+from bigssl_jax.parallel import constrain, device_platform, parts
 
 __all__ = ['HAT', 'RNNT', 'Factorisation', 'arcs_of_joint', 'arcs_of_logits', 'default_tile']
 
-# Logits of a tile on one device; larger tiles gain nothing more on a CPU or a TPU.
-TILE_BYTES = 2**25
+# Logits of a tile on one device.  A CPU is fastest while they stay in its cache; an accelerator
+# wants many rows for each reading and writing of the sum [J, V] of the kernel's gradient.
+CPU_TILE_BYTES, TILE_BYTES = 2**22, 2**25
 # A tile is at least this share of the frames, so that steps stay few and products large; two or
 # three tensors of a tile are alive, so 1/100 keeps them below 5 % of the whole.
 MOST_TILES = 100
@@ -226,9 +227,10 @@ arcs_of_joint.defvjp(_joint_forward, _joint_backward)
 
 
 def default_tile(rows: int, frames: int, columns: int, vocabulary: int) -> int:
-    """Frames of a tile: a hundredth of all, or more while TILE_BYTES on a device hold them."""
+    """Frames of a tile: a hundredth of all, or more while the bytes above hold them."""
     on_device = rows // parts('batch', rows) * columns * vocabulary // parts('vocab', vocabulary)
-    fit = TILE_BYTES // max(4 * on_device, 1)
+    budget = CPU_TILE_BYTES if device_platform() == 'cpu' else TILE_BYTES
+    fit = budget // max(4 * on_device, 1)
     return max(1, -(-frames // MOST_TILES), min(fit, frames))
 
 
