@@ -188,7 +188,7 @@ def test_fused_equals_reference(kind):
         return jnp.sum(losses), losses
 
     expected, losses = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True))(*clean)
-    for tile in (1, 3, 13, 50, None):
+    for tile in (1, 5, None):
         fused = value_and_gradient(
             FUSED[kind], *network, labels, *rest[1:], tile_frames=tile, **fields
         )
