@@ -107,7 +107,7 @@ def make_ours(size: tuple[int, ...]) -> dict[str, tuple[Callable[[], float], flo
         f'{FROM_LOGITS}: reference': (rnnt_loss, (arrays['logits'],)),
         f'{FROM_LOGITS}: ctc (optax)': (ctc, (arrays['frame_logits'],)),
     }
-    calls = {}
+    calls: dict[str, tuple[Callable[[], float], float]] = {}
     for name, (loss, inputs) in forms.items():
 
         def total(*x: Any, loss: Callable[..., Any] = loss) -> Any:
