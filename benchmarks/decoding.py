@@ -8,26 +8,27 @@ Two things are measured apart and put together in one table:
   depend on what the weights are.
 - The searches: on made-up scores, because the work of a transducer's search depends on how many
   labels it writes, and random weights write far too many.  Label sequences are drawn from a
-  Markov chain; each label is given a frame, all others are blank, and normal noise is added to the
-  scores.  What the search makes of them is compared with what was planted: the error rate.
+  Markov chain; a label scores as much as the blank in two frames, the blank alone in all others,
+  and normal noise is added.  What a search makes of them is compared with what was planted.
 
 RTFx is seconds of audio per second of work, compilation not counted; the median of several calls.
-The made-up transducer adds the score of the frame to the score of the label given the one before,
-as a joint network would; its `predict` cost is that of a table, not of an LSTM of 640.  The n-gram
-model is estimated from other sequences of the same chain.
+The made-up transducer takes from a frame's scores that of the label just written; its prediction
+network costs what a table costs, not an LSTM of 640.  The n-gram model is estimated from other
+sequences of the same chain.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 SAMPLE_RATE, FRAME_SECONDS = 16000, 0.04
 VOCABULARY, RARE = 256, 3
+LOUD = 8.0  # score of what is said, and of the blank
 REPEATS = 5
 BEAMS = (2, 4, 8, 16)
 
@@ -38,18 +39,19 @@ class Planted:
     def __init__(self, rows: int, frames: int, noise: float, seed: int = 0):
         random = np.random.default_rng(seed)
         chain = np.full((VOCABULARY, VOCABULARY), 0.02 / VOCABULARY)
-        for row in chain:
-            row[random.integers(RARE, VOCABULARY, 6)] += 0.98 * random.dirichlet(np.ones(6))
+        for following in chain:
+            following[random.integers(RARE, VOCABULARY, 6)] += 0.98 * random.dirichlet(np.ones(6))
         chain[:, :RARE] = 0.0
+        np.fill_diagonal(chain, 0.0)
         self.chain = chain / chain.sum(1, keepdims=True)
         self._random = random
         self.references = [self.sequence(frames // 4) for _ in range(rows)]
         scores = random.normal(0.0, noise, (rows, frames, VOCABULARY))
-        scores[..., 0] += 8.0
+        scores[..., 0] += LOUD
         for row, reference in enumerate(self.references):
             places = np.sort(random.choice(frames // 2, len(reference), replace=False)) * 2
-            scores[row, places, 0] -= 8.0
-            scores[row, places, reference] += 8.0
+            for frame in (places, places + 1):
+                scores[row, frame, reference] += LOUD
         self.scores = scores.astype(np.float32)
         self.mask = np.ones((rows, frames), bool)
 
@@ -75,7 +77,7 @@ def main() -> None:
     parser.add_argument('--preset', default='small', help='encoder (small)')
     parser.add_argument('--rows', type=int, default=16, help='utterances in a batch (16)')
     parser.add_argument('--seconds', type=float, default=8.0, help='of each utterance (8)')
-    parser.add_argument('--noise', type=float, default=2.5, help='deviation of the scores (2.5)')
+    parser.add_argument('--noise', type=float, default=1.5, help='deviation of the scores (1.5)')
     parser.add_argument('--beams', type=int, nargs='+', default=BEAMS, help='beam sizes')
     parser.add_argument('--json', metavar='FILE', help='write the figures there')
     options = parser.parse_args()
@@ -96,8 +98,8 @@ def main() -> None:
     header = ('head', 'search', 'ms', 'search RTFx', 'with encoder', 'label errors')
     print('{:<7} {:<16} {:>8} {:>12} {:>13} {:>13}'.format(*header))
     rows = []
-    for head, name, search in searches(planted, options.beams):
-        seconds, result = timed(search, planted.scores, planted.mask)
+    for head, name, search, fusion in searches(planted, options.beams):
+        seconds, result = timed(search, fusion, planted.scores, planted.mask)
         error = planted.error_rate(*map(np.asarray, result))
         row = {
             'head': head,
@@ -117,17 +119,22 @@ def main() -> None:
             json.dump({'encoder_ms': 1000 * encoder, 'rows': rows, **vars(options)}, file, indent=1)
 
 
-def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """(median seconds of a call, its result), the first call aside."""
+def timed(function: Callable[..., Any], shared: Any, *batch: Any) -> tuple[float, Any]:
+    """(median seconds of a call, its result), the first call aside; all devices share the batch."""
     import jax
 
-    arguments = jax.device_put(arguments)
-    result = jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - started)
+    from bigssl_jax.parallel import batch_sharding, make_mesh, replicated, use_mesh
+
+    mesh = make_mesh({'data': -1})
+    shared = jax.device_put(shared, replicated(mesh))
+    arrays = jax.device_put(batch, batch_sharding(mesh))
+    jitted, times = jax.jit(function), []
+    with use_mesh(mesh):
+        result = jax.block_until_ready(jitted(shared, *arrays))
+        for _ in range(REPEATS):
+            started = time.perf_counter()
+            jax.block_until_ready(jitted(shared, *arrays))
+            times.append(time.perf_counter() - started)
     return statistics.median(times), result
 
 
@@ -141,6 +148,7 @@ def measure_encoder(preset: str, rows: int, seconds: float) -> float:
     from bigssl_jax.audio import AudioConfig, log_mel
     from bigssl_jax.models import Encoder, attention_kernels
     from bigssl_jax.models.presets import conformer
+    from bigssl_jax.parallel import make_mesh, use_mesh
 
     audio = AudioConfig()
     config = dataclasses.replace(conformer(preset), num_mels=audio.num_mels)
@@ -154,76 +162,82 @@ def measure_encoder(preset: str, rows: int, seconds: float) -> float:
         mask = jax.numpy.arange(features.shape[1]) < frame_counts[:, None]
         return encoder.apply(params, features, mask, deterministic=True)
 
-    features, _ = jax.eval_shape(lambda w, c: log_mel(w, c, audio), waveform, counts)
-    mask = np.ones(features.shape[:2], bool)
-    shapes = jax.eval_shape(
-        lambda: encoder.init(
-            jax.random.key(0), jax.numpy.zeros(features.shape), mask, deterministic=True
-        )
-    )
-    shapes = nn.meta.unbox(shapes)
+    def parameters() -> Any:
+        features, frame_counts = log_mel(waveform, counts, audio)
+        mask = jax.numpy.arange(features.shape[1]) < frame_counts[:, None]
+        return encoder.init(jax.random.key(0), features, mask, deterministic=True)
+
+    with use_mesh(make_mesh({'data': -1})):
+        shapes = nn.meta.unbox(jax.eval_shape(parameters))
     random = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: random.normal(0, 0.02, leaf.shape).astype(np.float32), shapes
     )
-    return timed(jax.jit(encode), params, waveform, counts)[0]
+    return timed(encode, params, waveform, counts)[0]
 
 
-def searches(planted: Planted, beams: tuple[int, ...]) -> Any:
-    """(head, name, scores -> (tokens, counts)) of every line of the table."""
-    import jax
-
+def searches(planted: Planted, beams: Sequence[int]) -> Iterator[tuple[str, str, Any, Any]]:
+    """(head, name, (fusion, scores, mask) -> (tokens, counts), fusion) of each line."""
     from bigssl_jax.decoding import greedy_ctc, greedy_transducer
     from bigssl_jax.decoding.beam_ctc import beam_ctc
     from bigssl_jax.decoding.beam_transducer import beam_transducer
     from bigssl_jax.decoding.fusion import FusionConfig, make_fusion
+    from bigssl_jax.parallel import per_row
 
-    transducer = chained(planted.chain)
+    transducer = made_up_transducer()
     none = make_fusion()
     ngram = make_fusion(
         FusionConfig(ngram_weight=0.5, length_reward=1.0), ngram=some_ngram(planted)
     )
 
-    def greedy(function: Any) -> Any:
-        def run(scores: Any, mask: Any) -> Any:
-            found = function(scores, mask)
+    def by_row(search: Callable[..., tuple[Any, Any]]) -> Any:
+        """As a stage runs it: every device for its own rows."""
+
+        def run(fusion: Any, scores: Any, mask: Any) -> Any:
+            rows = {'scores': scores, 'mask': mask}
+            return per_row(lambda r, f: search(r['scores'], r['mask'], f), rows, fusion)
+
+        return run
+
+    def greedy(head: str) -> Any:
+        def search(scores: Any, mask: Any, fusion: Any) -> tuple[Any, Any]:
+            del fusion
+            found = (
+                greedy_ctc(scores, mask)
+                if head == 'ctc'
+                else greedy_transducer(scores, mask, transducer)
+            )
             return found.tokens, found.token_counts
 
-        return jax.jit(run)
+        return by_row(search)
 
-    def best(function: Any, fusion: Any, beam: int) -> Any:
-        def run(scores: Any, mask: Any, fusion: Any) -> Any:
-            found = function(scores, mask, fusion, beam)
+    def wide(head: str, beam: int) -> Any:
+        def search(scores: Any, mask: Any, fusion: Any) -> tuple[Any, Any]:
+            found = (
+                beam_ctc(scores, mask, fusion, beam=beam)
+                if head == 'ctc'
+                else beam_transducer(scores, mask, transducer, fusion, beam=beam)
+            )
             return found.tokens[:, 0], found.token_counts[:, 0]
 
-        jitted = jax.jit(run)
-        return lambda scores, mask: jitted(scores, mask, fusion)
+        return by_row(search)
 
-    def ctc(scores: Any, mask: Any, fusion: Any, beam: int) -> Any:
-        return beam_ctc(scores, mask, fusion, beam=beam, expansions=8)
-
-    def rnnt(scores: Any, mask: Any, fusion: Any, beam: int) -> Any:
-        return beam_transducer(scores, mask, transducer, fusion, beam=beam, expansions=8)
-
-    yield 'ctc', 'greedy', greedy(greedy_ctc)
-    for beam in beams:
-        yield 'ctc', f'beam {beam}', best(ctc, none, beam)
-    yield 'ctc', f'beam {beams[-1]} + 3-gram', best(ctc, ngram, beams[-1])
-    yield 'rnnt', 'greedy', greedy(lambda s, m: greedy_transducer(s, m, transducer))
-    for beam in beams:
-        yield 'rnnt', f'beam {beam}', best(rnnt, none, beam)
-    yield 'rnnt', f'beam {beams[-1]} + 3-gram', best(rnnt, ngram, beams[-1])
+    for head in ('ctc', 'rnnt'):
+        yield head, 'greedy', greedy(head), none
+        for beam in beams:
+            yield head, f'beam {beam}', wide(head, beam), none
+        yield head, f'beam {beams[-1]} + 3-gram', wide(head, beams[-1]), ngram
 
 
-def chained(chain: np.ndarray) -> Any:
-    """A transducer whose joint adds the frame's scores and a little of the chain's."""
+def made_up_transducer() -> Any:
+    """A transducer whose joint takes from the frame's scores that of the label just written."""
     import jax
     import jax.numpy as jnp
 
     from bigssl_jax.models.transducer import Transducer
 
-    table = 0.3 * np.log(np.maximum(chain, 1e-6)).astype(np.float32)
-    table[:, :RARE] = 0.0
+    table = -LOUD * np.eye(VOCABULARY, dtype=np.float32)
+    table[0] = 0.0
 
     def advance(state: Any, labels: Any) -> Any:
         del state

@@ -65,7 +65,7 @@ def beam_ctc(
     fusion: Fusion,
     *,
     beam: int = 8,
-    expansions: int = 16,
+    expansions: int = 8,
     nbest: int = 1,
     blank_id: int = 0,
     max_tokens: int | None = None,

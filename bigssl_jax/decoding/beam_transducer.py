@@ -14,6 +14,9 @@ Why this and not frame by frame (arXiv 1211.3711, or mAES with its few expansion
 - Two hypotheses with equal labels stand at the same point of the lattice, so that adding up their
   probabilities is exact: with a beam that holds everything, scores are those of the loss.
 
+In a frame without a clear winner labels can go on beating the blank, one after the other, until all
+of the beam stands still there: hence at most `max_symbols` labels a frame, as in greedy decoding.
+
 A hypothesis that takes the blank of its last frame is finished; it keeps its place in the beam
 until better ones push it out, and a row has ended when all that is left in its beam is finished.
 Implements the method of Saon, Tueske and Audhkhasi (ICASSP 2020), batched.
@@ -42,6 +45,7 @@ from bigssl_jax.decoding.nbest import (
     put,
     take,
 )
+from bigssl_jax.decoding.transducer import MAX_SYMBOLS
 from bigssl_jax.models.transducer import Transducer
 
 
@@ -59,6 +63,7 @@ class Beam(NamedTuple):
     Attributes:
       tokens, counts: int32 [B, K, U], [B, K].
       frame: int32 [B, K], where it stands; the number of the row's frames: finished.
+      in_frame: int32 [B, K], labels written there.
       acoustic: float32 [B, K], log-probability of its paths; -inf: not alive.
       fused: float32 [B, K], what fusion added.
       written: of its tokens.
@@ -70,6 +75,7 @@ class Beam(NamedTuple):
     tokens: jax.Array
     counts: jax.Array
     frame: jax.Array
+    in_frame: jax.Array
     acoustic: jax.Array
     fused: jax.Array
     written: Written
@@ -87,6 +93,7 @@ def beam_transducer(
     beam: int = 8,
     expansions: int = 8,
     nbest: int = 1,
+    max_symbols: int = MAX_SYMBOLS,
     max_tokens: int | None = None,
 ) -> NBest:
     """Decodes a batch; to be called inside `jax.jit` (all but arrays and `fusion` static).
@@ -99,6 +106,7 @@ def beam_transducer(
       beam: K, hypotheses kept.
       expansions: labels tried per hypothesis and step.
       nbest: hypotheses returned, at most `beam`.
+      max_symbols: labels in one frame, at most.
       max_tokens: longest hypothesis; default T.
     """
     rows, frames = mask.shape
@@ -110,8 +118,9 @@ def beam_transducer(
 
     def move(state: Beam) -> Beam:
         open_ = _unfinished(state, ends)
-        moves = _moves(state, encoded, open_, transducer, fusion, expansions)
-        merged = _merge(state, moves, open_, transducer.blank_id)
+        possible = open_ & (state.in_frame < max_symbols)
+        moves = _moves(state, encoded, possible, transducer, fusion, expansions)
+        merged = _merge(state, moves, open_, possible, transducer.blank_id)
         new = _select(state, moves, merged, open_, ends, transducer, fusion)
         return choose(jnp.any(open_, axis=1), new, state)
 
@@ -139,6 +148,7 @@ def _empty(transducer: Transducer, fusion: Fusion, ends: jax.Array, beam: int, w
         tokens=jnp.full((rows, beam, width), EMPTY, jnp.int32),
         counts=zeros.astype(jnp.int32),
         frame=zeros.astype(jnp.int32),
+        in_frame=zeros.astype(jnp.int32),
         acoustic=jnp.full((rows, beam), -jnp.inf).at[:, 0].set(0.0),
         fused=jnp.where(ends[:, None] == 0, ending, zeros),
         written=Written(buffer.astype(jnp.int32), buffer, buffer),
@@ -169,7 +179,7 @@ class _Moves(NamedTuple):
 def _moves(
     state: Beam,
     encoded: jax.Array,
-    open_: jax.Array,
+    possible: jax.Array,
     transducer: Transducer,
     fusion: Fusion,
     expansions: int,
@@ -188,7 +198,7 @@ def _moves(
     label_log_p = jnp.take_along_axis(log_p, labels, axis=1)
     added = jnp.take_along_axis(added, labels, axis=1)
     log_p, labels, label_log_p, added = folded((log_p, labels, label_log_p, added), rows)
-    possible = open_ & (state.counts < state.tokens.shape[2])
+    possible &= state.counts < state.tokens.shape[2]
     extended = state.acoustic[..., None] + label_log_p
     extended = jnp.where(possible[..., None], extended, -jnp.inf)
     return _Moves(log_p, certainty(log_p), labels, extended, added)
@@ -200,18 +210,21 @@ class _Merged(NamedTuple):
     Attributes:
       stayed: float32 [B, K], log-probability after a blank, or of a finished hypothesis.
       extended: float32 [B, K, C], -inf where `stayed` of another hypothesis holds it.
-      written: of the hypotheses that stay.
+      written, in_frame: of the hypotheses that stay.
     """
 
     stayed: jax.Array
     extended: jax.Array
     written: Written
+    in_frame: jax.Array
 
 
-def _merge(state: Beam, moves: _Moves, open_: jax.Array, blank_id: int) -> _Merged:
+def _merge(
+    state: Beam, moves: _Moves, open_: jax.Array, possible: jax.Array, blank_id: int
+) -> _Merged:
     last = last_tokens(state.tokens, state.counts)
     alive = state.acoustic + state.fused > -jnp.inf
-    is_parent = parents(state.tokens, state.counts, alive) & open_[:, None]  # [B, child, parent]
+    is_parent = parents(state.tokens, state.counts, alive) & possible[:, None]
     wanted = jnp.broadcast_to(jnp.maximum(last, 0)[:, None], is_parent.shape)  # [B, parent, child]
     written_log_p = jnp.swapaxes(jnp.take_along_axis(moves.log_p, wanted, axis=2), 1, 2)
     paths = jnp.where(is_parent, state.acoustic[:, None] + written_log_p, -jnp.inf)
@@ -230,7 +243,8 @@ def _merge(state: Beam, moves: _Moves, open_: jax.Array, blank_id: int) -> _Merg
         put(theirs.certainty, column, take(moves.certainty, parent), better),
     )
     extended = jnp.where(doubled, -jnp.inf, moves.extended)
-    return _Merged(jnp.logaddexp(blank, share), extended, written)
+    in_frame = jnp.where(better, take(state.in_frame, parent) + 1, 0)
+    return _Merged(jnp.logaddexp(blank, share), extended, written, in_frame)
 
 
 def _select(
@@ -261,7 +275,11 @@ def _select(
 
     kept = take(state, source)
     stayed = state._replace(
-        acoustic=merged.stayed, fused=fused, frame=frame, written=merged.written
+        acoustic=merged.stayed,
+        fused=fused,
+        frame=frame,
+        written=merged.written,
+        in_frame=merged.in_frame,
     )
     new = choose(stays, take(stayed, source), kept)
     token = extension(moves.labels)
@@ -279,6 +297,7 @@ def _select(
         tokens=put(kept.tokens, kept.counts, token, adds),
         counts=kept.counts + adds,
         frame=new.frame,
+        in_frame=new.in_frame + adds,
         acoustic=jnp.where(exists, acoustic, -jnp.inf),
         fused=jnp.where(adds, extension(fused_extended), new.fused),
         written=Written(
