@@ -48,7 +48,7 @@ def main():
     cases = {
         'first': case(4, 7, 5, 6, blank=0, scale=1.0, seed=0),
         'long': case(2, 60, 12, 4, blank=3, scale=2.0, seed=1),
-        'extreme': case(3, 6, 4, 5, blank=2, scale=50.0, seed=2),
+        'extreme': case(4, 7, 5, 6, blank=0, scale=50.0, seed=2),
     }
     np.savez_compressed(
         TARGET,
