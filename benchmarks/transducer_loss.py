@@ -258,7 +258,8 @@ def show(size: tuple[int, ...], result: dict[str, Any]) -> None:
         megabytes = ['' if facts[k] is None else f'{facts[k]:,.0f}' for k in ('mb', 'planned_mb')]
         print(
             f'{name:26}{facts["ms"]:>9,.0f}{facts["cpu_ms"]:>9,.0f}{megabytes[0]:>9}'
-            f'{megabytes[1]:>12}{ratios[0]:>9}{ratios[1]:>9}'
+            f'{megabytes[1]:>12}{ratios[0]:>9}{ratios[1]:>9}',
+            flush=True,
         )
 
 
