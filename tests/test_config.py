@@ -83,7 +83,7 @@ def test_the_experiment_of_these_tests_resolves_and_resolving_again_changes_noth
         ('stages.base.streams.s.batch_second', "did you mean 'batch_seconds'?"),
         ('stages.teacher.spec_augment.freq_masc', "did you mean 'freq_masks'?"),
         ('stages.labels.techer', "stages.labels.techer: did you mean 'teacher'?"),
-        ('stages.base.zzz', 'allowed: dev, divergence, eval_every'),
+        ('stages.base.zzz', 'allowed: decoder, dev, divergence, eval_every'),
     ],
 )
 def test_an_unknown_field_names_the_nearest(path, told):
@@ -116,6 +116,14 @@ def test_an_unknown_field_names_the_nearest(path, told):
         ('stages.base.streams.s.sources', {}, 'sources is empty'),
         ('stages.score.sets', {'x': 'rest'}, 'stages.score.sets is .*; it must be a list'),
         ('recipe', 'base', 'recipe is .*; it must be a list'),
+        ('stages.labels.decoder', {'kind': 'best'}, "labels.decoder.kind is 'best'; allowed: 'gr"),
+        ('stages.teacher.decoder', {'max_symbols': 0}, 'teacher.decoder.max_symbols is 0; it must'),
+        ('stages.teacher.objectives', {'t': {'objective': 'rnnt', 'stream': 's', 'joint_dim': 0}},
+         'stages.teacher.objectives.t: joint_dim is 0; it must be >= 1'),
+        ('stages.teacher.objectives', {'t': {'objective': 'hat', 'stream': 's', 'fastemit': -1.0}},
+         'stages.teacher.objectives.t: hat.fastemit is -1.0; it must be at least 0'),
+        ('stages.teacher.init_heads', ('rq',), "init_heads is 'rq'; allowed: 'ctc'"),
+        ('stages.student.init_heads', ('ctc',), 'but init_from names no stage'),
     ],
 )  # fmt: skip
 def test_a_wrong_type_or_value_says_what_is_allowed(path, value, told):
@@ -139,6 +147,7 @@ def test_a_wrong_type_or_value_says_what_is_allowed(path, value, told):
         ('stages.score.models', ('base',), "stages.score.models is 'base', a pretrain stage"),
         ('stages.student.init_from', 'labels', 'must name a pretrain or finetune stage'),
         ('stages.teacher.streams.s.sources.a.labels', 'base', 'must name a pseudo_label stage'),
+        ('stages.base.objectives.rq', {'objective': 'rnnt', 'stream': 's'}, "needs labels, and so"),
         ('stages.teacher.streams.s.sources.a.labels', '', "needs labels, and source 'a'"),
         ('tokenizer.selection', '', 'tokenizer.selection is not set, but stages.teacher learns'),
         ('stages.score.sets', ('rest', 'exam'), "stages.score.sets is 'exam'"),

@@ -9,7 +9,7 @@ opened: what cannot be trained on is left out and counted by reason, so that no 
     digits                text that does not say how it was spoken
     empty_text            nothing left after normalisation
     too_many_labels       more than max_labels
-    ctc_impossible        more labels (plus repeats) than encoder frames of 40 ms
+    ctc_impossible        more labels (plus repeats) than encoder frames of 40 ms, if `for_ctc`
 """
 
 import collections
@@ -203,6 +203,7 @@ class _Labels:
     ):
         self._normaliser = stream['normaliser']
         self._max_labels = stream['max_labels'] or np.inf
+        self._for_ctc = stream['for_ctc']
         self._max_unknown = stream['max_unknown']
         self._tokenizer, self._excluded = tokenizer, excluded
         self._kept_rows = self._unknown_rows = self._unknown_tokens = 0
@@ -270,7 +271,7 @@ class _Labels:
             ('empty_text', filled),
             ('digits', spoken),
             ('too_many_labels', few),
-            ('ctc_impossible', possible),
+            ('ctc_impossible', possible | (not self._for_ctc)),
         ):
             self._count(reason, usable & ~good)
             usable &= good

@@ -59,6 +59,7 @@ DEFAULTS: dict[str, Any] = {
     'min_seconds': 0.0,
     'max_seconds': None,
     'max_labels': None,
+    'for_ctc': True,  # leaves out what CTC cannot align; a transducer can
     'max_unknown': 0.05,  # fraction of texts that may hold characters the tokenizer lacks
     'segment_size': SEGMENT_SIZE,  # positions with exact quotas per source; part of the order
 }

@@ -9,6 +9,19 @@ from bigssl_jax.objectives.best_rq import BestRQ
 from bigssl_jax.objectives.ctc import CTC
 from bigssl_jax.objectives.encoder_call import EncoderCall
 from bigssl_jax.objectives.quantizer import quantize
+from bigssl_jax.objectives.rnnt import HAT, RNNT
 from bigssl_jax.objectives.wav2vec2 import Wav2Vec2
 
-__all__ = ['CTC', 'BestRQ', 'EncoderCall', 'Wav2Vec2', 'quantize']
+# The objectives whose heads write text, by their names in configs.
+TRANSCRIPT = {'ctc': CTC, 'rnnt': RNNT, 'hat': HAT}
+
+__all__ = [
+    'CTC',
+    'HAT',
+    'RNNT',
+    'TRANSCRIPT',
+    'BestRQ',
+    'EncoderCall',
+    'Wav2Vec2',
+    'quantize',
+]

@@ -19,8 +19,14 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from bigssl_jax.audio import row_keys
-from bigssl_jax.objectives.encoder_call import Batch, EncoderCall, dropout_key, named_key
+from bigssl_jax.objectives.encoder_call import Batch, EncoderCall
+from bigssl_jax.objectives.labelled import (
+    check_fields,
+    heard,
+    heard_plainly,
+    labelled_summary,
+    labelled_totals,
+)
 
 __all__ = ['CTC', 'ctc_loss', 'ctc_valid']
 
@@ -45,14 +51,7 @@ class CTC:
     name: str = 'ctc'
 
     def __post_init__(self) -> None:
-        if self.normalise not in ('label', 'utterance'):
-            raise ValueError(f"ctc.normalise is {self.normalise!r}; allowed: 'label', 'utterance'")
-        if not 0 <= self.blank_id < self.vocabulary_size:
-            raise ValueError(
-                f'ctc.blank_id is {self.blank_id}; allowed: 0 to {self.vocabulary_size - 1}'
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f'ctc.dropout is {self.dropout}; allowed: 0 to below 1')
+        check_fields('ctc', self.normalise, self.blank_id, self.vocabulary_size, self.dropout)
 
     def init_params(self, key: jax.Array, encoder_config: Any) -> dict[str, Any]:
         """Boxed head: kernel [D, V] (LeCun normal) and bias [V], float32."""
@@ -78,10 +77,18 @@ class CTC:
         self, encode: EncoderCall, params: Mapping[str, jax.Array], batch: Batch
     ) -> tuple[jax.Array, jax.Array]:
         """For decoding: (logits float32 [B, T4, V], mask [B, T4]), without augmentation."""
-        encode = dataclasses.replace(encode, deterministic=True)
-        features, real = encode.features(batch)
-        frames, mask = encode.encode(features, real, jax.random.key(0))
+        frames, mask = heard_plainly(encode, batch)
         return self.logits(params, frames), mask
+
+    def losses(
+        self, params: Mapping[str, jax.Array], frames: jax.Array, mask: jax.Array, batch: Batch
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of frames [B, T, D]: (losses float32 [B], 0 where there is none; possible bool [B])."""
+        labels, counts = batch['labels'], batch['label_counts']
+        possible = ctc_valid(labels, counts, mask, self.vocabulary_size, self.blank_id)
+        valid = possible & (batch['sample_counts'] > 0)
+        logits = self.logits(params, frames)
+        return ctc_loss(logits, mask, labels, counts, valid, self.blank_id), possible
 
     def totals(
         self,
@@ -91,54 +98,15 @@ class CTC:
         batch: Batch,
         key: jax.Array,
     ) -> dict[str, jax.Array]:
-        """Additive totals of one labelled batch.
-
-        Returns:
-          loss: float32, sum of -log P(labels | audio) over valid utterances.
-          weight: float32, valid labels or valid utterances (field `normalise`).
-          utterances, invalid: int32, real rows and those of them that CTC cannot align.
-          frames, labels: int32, of the valid utterances.
-        """
+        """`labelled_totals` of one labelled batch; invalid are rows that CTC cannot align."""
         del constants
-        features, real = encode.features(batch)
-        rows = batch['rows']
-        features = encode.augment(features, real, row_keys(named_key(key, 'spec_augment'), rows))
-        frames, mask = encode.encode(features, real, dropout_key(key, batch))
-        if self.dropout and not encode.deterministic:
-            frames = _dropout(frames, row_keys(named_key(key, 'ctc_dropout'), rows), self.dropout)
-        logits = self.logits(params, frames)
-        labels, counts = batch['labels'], batch['label_counts']
-        present = batch['sample_counts'] > 0
-        possible = ctc_valid(labels, counts, mask, self.vocabulary_size, self.blank_id)
-        valid = present & possible
-        losses = ctc_loss(logits, mask, labels, counts, valid, self.blank_id)
-        num_labels = jnp.sum(jnp.where(valid, counts, 0), dtype=jnp.int32)
-        num_valid = jnp.sum(valid, dtype=jnp.int32)
-        weight = num_labels if self.normalise == 'label' else num_valid
-        return {
-            'loss': jnp.sum(losses),
-            'weight': weight.astype(jnp.float32),
-            'utterances': jnp.sum(present, dtype=jnp.int32),
-            'invalid': jnp.sum(present & ~possible, dtype=jnp.int32),
-            'frames': jnp.sum(mask & valid[:, None], dtype=jnp.int32),
-            'labels': num_labels,
-        }
+        frames, mask = heard(encode, batch, key, 'ctc', self.dropout)
+        losses, possible = self.losses(params, frames, mask, batch)
+        return labelled_totals(losses, possible, mask, batch, self.normalise)
 
     def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
-        """loss (per `normalise`), loss_per_label, loss_per_utterance, loss_per_frame, and
-        invalid_fraction, frames_per_label."""
-        loss = float(totals['loss'])
-        utterances, invalid = int(totals['utterances']), int(totals['invalid'])
-        labels, frames = max(int(totals['labels']), 1), int(totals['frames'])
-        return {
-            'loss': loss / max(float(totals['weight']), 1.0),
-            'loss_per_label': loss / labels,
-            'loss_per_utterance': loss / max(utterances - invalid, 1),
-            'loss_per_frame': loss / max(frames, 1),
-            'invalid': float(invalid),
-            'invalid_fraction': invalid / max(utterances, 1),
-            'frames_per_label': frames / labels,
-        }
+        """See `labelled_summary`."""
+        return labelled_summary(totals)
 
     def health(self, summary: Mapping[str, float], step: int) -> str | None:
         """Advice when many utterances cannot be aligned, else None."""
@@ -195,9 +163,3 @@ def ctc_loss(
         blank_id=blank_id,
     )
     return jnp.where(valid, losses, 0.0)
-
-
-def _dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
-    """Dropout of [B, T, D] with one key per row [B]."""
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))

@@ -78,7 +78,7 @@ class Collective:
     source: str
 
 
-def collectives(compiled_text: str, mesh: Any) -> list[Collective]:
+def collectives(compiled_text: str, mesh: Any, assumed_turns: int = 1) -> list[Collective]:
     """The collectives of `compiled.as_text()`, dearest first.
 
     Those of one device alone move nothing and are left out.
@@ -86,12 +86,13 @@ def collectives(compiled_text: str, mesh: Any) -> list[Collective]:
     Args:
       compiled_text: of a program compiled for the devices of `mesh`.
       mesh: a Mesh or AbstractMesh; gives the axes their names.
+      assumed_turns: of loops whose number of turns the text does not tell.
 
     Raises:
       ValueError: replica groups of a form that is not known.
     """
     program = hlo.parse(compiled_text)
-    counts = hlo.execution_counts(program)
+    counts = hlo.execution_counts(program, assumed_turns)
     fusions = hlo.fusions(program)
     found: dict[tuple[str, str], Collective] = {}
     for name, computation in program.computations.items():

@@ -37,7 +37,8 @@ class Flops:
       by_kind: (primitive, dtype) -> FLOPs. The dtype is the operands'; `float32_high` and
         `float32_highest` are float32 of a higher than default precision.
       unknown_loops: `while` loops around products whose number of turns only the running program
-        knows. Their bodies are counted once, so the total is a lower bound unless this is 0.
+        knows. Their bodies count as often as the caller of `count_flops` assumes: once, unless
+        told otherwise, so the total is then a lower bound.
     """
 
     by_kind: Mapping[tuple[str, str], float]
@@ -67,7 +68,7 @@ class Flops:
         return sum(flops * PASSES.get(dtype, 1) for dtype, flops in self.by_dtype.items())
 
 
-def count_flops(function: Callable[..., Any], *arguments: Any) -> Flops:
+def count_flops(function: Callable[..., Any], *arguments: Any, turns: int = 1) -> Flops:
     """The products of `function(*arguments)`, over all devices together.
 
     Scan bodies count as often as they run, of the branches of a `cond` the dearest one, the body
@@ -78,14 +79,15 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> Flops:
     Args:
       function: may be jitted and may contain derivatives.
       arguments: arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
+      turns: assumed of every loop whose number of turns only the running program knows.
     """
     closed = jax.make_jaxpr(function)(*arguments)
     needed, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return _count(needed)
+    return _count(needed, turns)
 
 
-def _count(jaxpr: Any) -> Flops:
-    """The products of a jaxpr, closed or not."""
+def _count(jaxpr: Any, turns: int) -> Flops:
+    """The products of a jaxpr, closed or not, with `turns` of each loop of unknown length."""
     total: collections.Counter[tuple[str, str]] = collections.Counter()
     loops = 0
     for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
@@ -96,7 +98,7 @@ def _count(jaxpr: Any) -> Flops:
         if name == 'conv_general_dilated':
             total[name, _dtype(equation)] += _convolution_flops(equation)
             continue
-        found, times = _inner(equation)
+        found, times = _inner(equation, turns)
         for kind, flops in found.by_kind.items():
             total[kind] += times * flops  # type: ignore[assignment]
         loops += found.unknown_loops
@@ -105,26 +107,28 @@ def _count(jaxpr: Any) -> Flops:
     return Flops(dict(total), loops)
 
 
-def _inner(equation: Any) -> tuple[Flops, int]:
+def _inner(equation: Any, turns: int) -> tuple[Flops, int]:
     """What the functions inside of an equation cost, and how often they run."""
     name, params = equation.primitive.name, equation.params
     if name == 'cond':
-        return max((_count(branch) for branch in params['branches']), key=lambda f: f.total), 1
+        branches = (_count(branch, turns) for branch in params['branches'])
+        return max(branches, key=lambda f: f.total), 1
     if name == 'scan':
-        return _count(params['jaxpr']), params['length']
+        return _count(params['jaxpr'], turns), params['length']
     if name == 'shard_map':
         sizes = [params['mesh'].shape[axis] for axis in params['newly_manual_axes']]
-        return _count(params['jaxpr']), math.prod(sizes)
+        return _count(params['jaxpr'], turns), math.prod(sizes)
     if name == 'pallas_call':
-        return _kernel(equation)
-    inner = [_count(value) for value in _jaxprs(params)]
+        return _kernel(equation, turns)
+    inner = [_count(value, turns) for value in _jaxprs(params)]
     merged: collections.Counter[tuple[str, str]] = collections.Counter()
     for found in inner:
         merged.update(found.by_kind)
-    return Flops(dict(merged), sum(found.unknown_loops for found in inner)), 1
+    times = turns if name == 'while' else 1
+    return Flops(dict(merged), sum(found.unknown_loops for found in inner)), times
 
 
-def _kernel(equation: Any) -> tuple[Flops, int]:
+def _kernel(equation: Any, turns: int) -> tuple[Flops, int]:
     """A Pallas kernel: its author's estimate, else its body for every step of the grid."""
     params = equation.params
     estimate = params.get('cost_estimate')
@@ -133,7 +137,7 @@ def _kernel(equation: Any) -> tuple[Flops, int]:
         return Flops({('pallas_call', dtype): float(estimate.flops)}), 1
     grid = params['grid_mapping'].grid
     known = all(isinstance(size, int) for size in grid)
-    found = _count(params['jaxpr'])
+    found = _count(params['jaxpr'], turns)
     if not known:
         return Flops(found.by_kind, found.unknown_loops + 1), 1
     return found, math.prod(grid)

@@ -30,10 +30,15 @@ _SLICES = {'slice', 'dynamic-slice', 'gather'}
 _VIEWS = {'bitcast', 'get-tuple-element'}
 
 
-def hbm_bytes(compiled_text: str) -> float:
-    """Bytes read from and written to HBM by one device in one run (an estimate, see above)."""
+def hbm_bytes(compiled_text: str, assumed_turns: int = 1) -> float:
+    """Bytes read from and written to HBM by one device in one run (an estimate, see above).
+
+    Args:
+      compiled_text: `compiled.as_text()`.
+      assumed_turns: of loops whose number of turns the text does not tell.
+    """
     program = hlo.parse(compiled_text)
-    counts = hlo.execution_counts(program)
+    counts = hlo.execution_counts(program, assumed_turns)
     inside = hlo.fusions(program).keys() | _applied(program)
     return float(
         sum(

@@ -149,11 +149,11 @@ def _closing(text: str, opening: int) -> int:
     raise ValueError(f'an open parenthesis in {text[:200]!r}')
 
 
-def execution_counts(program: Program) -> dict[str, int]:
+def execution_counts(program: Program, assumed_turns: int = 1) -> dict[str, int]:
     """How often each computation runs in one run of the program.
 
     Of a conditional every branch counts as run. A loop whose number of turns the text does not
-    tell counts once; `unknown_loops` names those.
+    tell counts `assumed_turns` times; `unknown_loops` names those.
     """
     counts: collections.Counter[str] = collections.Counter()
 
@@ -162,7 +162,7 @@ def execution_counts(program: Program) -> dict[str, int]:
         for instruction in program.computations[name].values():
             turns = trip_count(program, name, instruction)
             for called in instruction.called:
-                visit(called, times * (1 if turns is None else turns))
+                visit(called, times * (assumed_turns if turns is None else turns))
 
     visit(program.entry, 1)
     return dict(counts)

@@ -7,6 +7,7 @@ from typing import Any
 from bigssl_jax.data.corpus import Corpus
 from bigssl_jax.data.stream import Stream, one_pass
 from bigssl_jax.data.text import normalise_text
+from bigssl_jax.decoding import DecoderConfig
 from bigssl_jax.evaluation.clips import choose_clips, write_clips
 from bigssl_jax.evaluation.score import compare_texts, score_texts
 from bigssl_jax.evaluation.wer import count_errors
@@ -32,7 +33,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
         for name, model in models.items():
             stream = one_pass(context.pass_config(set_name), *batch_slice(context.mesh))
             lines[name] = transcribe_set(
-                Recogniser.of_model(model, context.mesh),
+                Recogniser.of_model(model, context.mesh, DecoderConfig(**fields['decoder'])),
                 stream,
                 context.config['tokenizer']['normaliser'],
             )

@@ -4,6 +4,7 @@ from typing import Any
 
 from bigssl_jax.data.stream import one_pass
 from bigssl_jax.data.tokenizer import Tokenizer
+from bigssl_jax.decoding import DecoderConfig
 from bigssl_jax.evaluation import cer, wer
 from bigssl_jax.parallel.distributed import batch_slice
 from bigssl_jax.stages.context import Context
@@ -33,6 +34,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
             state.constants['encoder'],
             tokenizer,
             context.mesh,
+            DecoderConfig(**context.fields['decoder']),
         )
         lines = transcribe_set(recogniser, stream, normaliser)
         references = [line['reference'] for line in lines]

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from bigssl_jax.audio import AudioConfig
 from bigssl_jax.config import UserError
 from bigssl_jax.models import ConformerConfig
+from bigssl_jax.objectives import TRANSCRIPT
 from bigssl_jax.parallel.fingerprint import combine, fingerprints
 from bigssl_jax.stages import artefacts
 from bigssl_jax.training.checkpoint import restore_arrays, save_arrays, stored_shapes
@@ -43,6 +44,7 @@ class Model:
       heads: objective name -> {'objective', its fields}.
       arrays: name of an array, e.g. 'params/encoder/norm/scale' -> its fingerprint.
       hash: one fingerprint of all arrays.
+      tokenizer: hash of the tokenizer whose ids the heads know; None without one.
     """
 
     directory: pathlib.Path
@@ -51,6 +53,7 @@ class Model:
     heads: Mapping[str, Mapping[str, Any]]
     arrays: Mapping[str, str]
     hash: str
+    tokenizer: str | None = None
 
     @property
     def tokenizer_path(self) -> pathlib.Path:
@@ -58,18 +61,32 @@ class Model:
         return self.directory / 'tokenizer.model'
 
     def transcript_head(self) -> str:
-        """The name of the CTC head.
+        """The name of the first head that writes text.
 
         Raises:
           UserError: the model has none: it is pre-trained only.
         """
         for name, fields in self.heads.items():
-            if fields['objective'] == 'ctc':
+            if fields['objective'] in TRANSCRIPT:
                 return name
         raise UserError(
             f'{self.directory} has no transcript head (heads: {", ".join(self.heads)});'
             ' name the folder of a fine-tuned stage'
         )
+
+    def check_tokenizer(self) -> None:
+        """Makes sure that ids mean what they meant in training.
+
+        Raises:
+          UserError: the tokenizer in the folder is not the one that the heads were trained with.
+        """
+        found = artefacts.file_hash(self.tokenizer_path)
+        if found != self.tokenizer:
+            raise UserError(
+                f'{self.tokenizer_path} is not the tokenizer that this model was trained with (hash'
+                f' {found[:12]}, in model.json {str(self.tokenizer)[:12]}): its heads would write'
+                ' other pieces; put back the file that the training stage wrote'
+            )
 
     def shapes(self) -> Any:
         """{'params': ..., 'constants': ...} of `jax.ShapeDtypeStruct`; reads no array."""
@@ -171,4 +188,5 @@ def load_model(directory: pathlib.Path) -> Model:
         heads=info['heads'],
         arrays=info['arrays'],
         hash=info['hash'],
+        tokenizer=info['tokenizer'],
     )

@@ -19,6 +19,7 @@ from bigssl_jax.data.label_filters import filter_labels, keep_mask
 from bigssl_jax.data.label_sets import LabelSet, LabelWriter
 from bigssl_jax.data.stream import Stream, one_pass
 from bigssl_jax.data.text import normalise_text
+from bigssl_jax.decoding import DecoderConfig
 from bigssl_jax.evaluation.confidence import label_quality
 from bigssl_jax.parallel.distributed import (
     WORK_SECONDS,
@@ -32,7 +33,7 @@ from bigssl_jax.parallel.distributed import (
 from bigssl_jax.stages import artefacts
 from bigssl_jax.stages.context import Context
 from bigssl_jax.stages.model import load_model
-from bigssl_jax.stages.recognition import DECODER, Hypothesis, Recogniser
+from bigssl_jax.stages.recognition import Hypothesis, Recogniser
 from bigssl_jax.training.metrics import Progress
 from bigssl_jax.training.signals import Stopped
 
@@ -46,14 +47,14 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     mesh = context.mesh
     if process_count() > 1:
         mesh = local_mesh(context.config['compute']['mesh'])
-    recogniser = Recogniser.of_model(teacher, mesh)
+    recogniser = Recogniser.of_model(teacher, mesh, DecoderConfig(**fields['decoder']))
     config = context.pass_config(fields['selection'], mesh)
     whole = one_pass(config)
     hours = sum(whole.sources[0].lengths[np.arange(len(whole.sources[0]))]) / 16000 / 3600
     num_parts = max(1, round(hours / PART_HOURS))
     key = {
         'teacher': teacher.hash,
-        'decoder': DECODER,
+        'decoder': recogniser.decoder_name,
         # What is heard, not where it lies: a moved workdir keeps its labels.
         'config': config_hash({'selection': whole.sources[0].identity, 'parts': num_parts}),
     }
@@ -81,7 +82,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     heard = sum(gather(f'{context.name}: seconds', heard, WORK_SECONDS))
     if not is_primary():
         return {}, {}
-    labels = writer.finish({'teacher': str(fields['teacher']), 'decoder': DECODER})
+    labels = writer.finish({'teacher': str(fields['teacher']), 'decoder': recogniser.decoder_name})
     results = {
         'utterances': labels.num_rows,
         'hours': round(labels.hours, 3),

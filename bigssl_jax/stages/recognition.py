@@ -10,11 +10,11 @@ import numpy as np
 
 from bigssl_jax.audio import AudioConfig
 from bigssl_jax.data.tokenizer import Tokenizer
-from bigssl_jax.decoding import greedy_ctc
+from bigssl_jax.decoding import DecoderConfig, GreedyResult, greedy_ctc, greedy_transducer
 from bigssl_jax.decoding.words import Word, words
 from bigssl_jax.models import ConformerConfig, Encoder, attention_kernels
-from bigssl_jax.objectives import CTC, EncoderCall
-from bigssl_jax.parallel import replicated, use_mesh
+from bigssl_jax.objectives import CTC, RNNT, EncoderCall
+from bigssl_jax.parallel import per_row, replicated, use_mesh
 from bigssl_jax.stages.model import Model
 from bigssl_jax.stages.schema import make_objective
 from bigssl_jax.training.loop import HOST_KEYS, to_devices
@@ -22,7 +22,10 @@ from bigssl_jax.training.trainer import parameter_layout
 
 # What is told of the whole batch, also in a process that was given a slice of it.
 WHOLE_KEYS = ('its_sources', 'its_utterances', 'sample_counts')
-DECODER = 'greedy_ctc-1'  # changes whenever its results would
+# Names of the searches; one changes whenever its results would.
+GREEDY_CTC, GREEDY_TRANSDUCER = 'greedy_ctc-1', 'greedy_transducer-1'
+GREEDY = DecoderConfig()
+Head = CTC | RNNT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,26 +76,36 @@ class Recogniser:
       params, constants: {'encoder': ..., 'head': ...}, arrays on the mesh or numpy.
       tokenizer: turns ids into text.
       mesh: devices.
+      search: how hypotheses are searched for.
     """
 
     def __init__(
         self,
         encoder: ConformerConfig,
         audio: AudioConfig,
-        head: CTC,
+        head: Head,
         params: Any,
         constants: Any,
         tokenizer: Tokenizer,
         mesh: jax.sharding.Mesh,
+        search: DecoderConfig = GREEDY,
     ):
-        self._decode = decoder(encoder, audio, head, mesh)
+        self._decode = decoder(encoder, audio, head, mesh, search)
+        self.decoder_name = decoder_name(head, search)
         self._params, self._constants, self._mesh = params, constants, mesh
         self._tokenizer = tokenizer
 
     @classmethod
-    def of_model(cls, model: Model, mesh: jax.sharding.Mesh) -> 'Recogniser':
-        """A finished model's recogniser; each device reads its own part of the parameters."""
+    def of_model(
+        cls, model: Model, mesh: jax.sharding.Mesh, search: DecoderConfig = GREEDY
+    ) -> 'Recogniser':
+        """A finished model's recogniser; each device reads its own part of the parameters.
+
+        Raises:
+          UserError: the model has no transcript head, or not the tokenizer of its training.
+        """
         name = model.transcript_head()
+        model.check_tokenizer()
         tokenizer = Tokenizer(model.tokenizer_path)
         head = make_objective(model.heads[name], tokenizer.vocabulary_size, model.audio.num_mels)
         encoder = attention_kernels.portable(model.encoder, mesh.devices.flat[0].platform)
@@ -104,7 +117,7 @@ class Recogniser:
         )
         params = {'encoder': arrays['params']['encoder'], 'head': arrays['params']['heads'][name]}
         constants = jax.device_put(arrays['constants']['encoder'], replicated(mesh))
-        return cls(encoder, model.audio, head, params, constants, tokenizer, mesh)
+        return cls(encoder, model.audio, head, params, constants, tokenizer, mesh, search)
 
     def recognise(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[Hypothesis]:
         """Decodes batches; fillers are skipped, the rest comes in the order of the batches.
@@ -145,7 +158,11 @@ class Recogniser:
 
 @functools.lru_cache(maxsize=16)
 def decoder(
-    encoder: ConformerConfig, audio: AudioConfig, head: CTC, mesh: jax.sharding.Mesh
+    encoder: ConformerConfig,
+    audio: AudioConfig,
+    head: Head,
+    mesh: jax.sharding.Mesh,
+    search: DecoderConfig = GREEDY,
 ) -> Callable[..., Any]:
     """One jitted decoder for every model of the same shape; every process has its results."""
 
@@ -158,8 +175,35 @@ def decoder(
             audio=audio,
             deterministic=True,
         )
-        logits, mask = head.predict(call, params['head'], batch)
+        result, mask = _search(call, params['head'], head, batch, search)
         whole = {key: value for key, value in batch.items() if key in WHOLE_KEYS}
-        return greedy_ctc(logits, mask, head.blank_id), mask.sum(axis=1), whole
+        return result, mask.sum(axis=1), whole
 
     return decode
+
+
+def decoder_name(head: Head, search: DecoderConfig) -> str:
+    """Names the search in the identity of what it wrote."""
+    if isinstance(head, CTC):
+        return GREEDY_CTC
+    return f'{GREEDY_TRANSDUCER} max_symbols={search.max_symbols}'
+
+
+def _search(
+    encode: EncoderCall,
+    params: Any,
+    head: Head,
+    batch: Mapping[str, jax.Array],
+    search: DecoderConfig,
+) -> tuple[GreedyResult, jax.Array]:
+    """Hypotheses of a batch, and the mask of the encoder's frames."""
+    scores, mask = head.predict(encode, params, batch)
+    if isinstance(head, CTC):
+        return greedy_ctc(scores, mask, head.blank_id), mask
+
+    # Each device decodes its own rows: it waits for no other before it goes on to a next frame.
+    def decode_rows(rows: Mapping[str, jax.Array], params: Any) -> GreedyResult:
+        transducer = head.transducer(params, encode.dtype)
+        return greedy_transducer(rows['scores'], rows['mask'], transducer, search.max_symbols)
+
+    return per_row(decode_rows, {'scores': scores, 'mask': mask}, params), mask

@@ -17,15 +17,16 @@ from bigssl_jax.audio import AudioConfig, NoiseConfig, SpecAugmentConfig, SpeedC
 from bigssl_jax.config import ConfigError, choose, config_hash, merge, to_dict, unknown_field
 from bigssl_jax.data import selection as selection_lib
 from bigssl_jax.data.label_filters import check_filter
+from bigssl_jax.decoding import DecoderConfig
 from bigssl_jax.models import ConformerConfig
 from bigssl_jax.models.presets import NAMES, conformer
-from bigssl_jax.objectives import CTC, BestRQ, Wav2Vec2
+from bigssl_jax.objectives import TRANSCRIPT, BestRQ, Wav2Vec2
 from bigssl_jax.stages.shared_encoder import encoder_identity, is_path
 from bigssl_jax.training.guard import GuardSettings
 from bigssl_jax.training.optimizers import ALGORITHMS, GROUP_DEFAULTS
 from bigssl_jax.training.schedules import SHAPES
 
-OBJECTIVES: dict[str, Any] = {'best_rq': BestRQ, 'wav2vec2': Wav2Vec2, 'ctc': CTC}
+OBJECTIVES: dict[str, Any] = {'best_rq': BestRQ, 'wav2vec2': Wav2Vec2, **TRANSCRIPT}
 # Fields of an objective that follow from the rest of the experiment.
 DERIVED = ('name', 'vocabulary_size', 'num_mels')
 
@@ -98,11 +99,16 @@ SOURCE: dict[str, Any] = {'selection': '', 'labels': '', 'filter': None, 'weight
 
 OPTIMIZER: dict[str, Any] = {'groups': {}, 'clip_norm': 5.0, 'ema_decay': 0.0, 'micro_batches': 1}
 
+# How a finished model is listened to: dev scores, labels, tests.
+DECODER: dict[str, Any] = dataclasses.asdict(DecoderConfig())
+
 TRAINING: dict[str, Any] = {
     'kind': '',
     'steps': 1000,
     # A stage before this one, or a model folder of another workdir ('runs/other/pretrain').
     'init_from': '',
+    # Objectives whose heads start from there as well; the tokenizer must be the same.
+    'init_heads': (),
     'objectives': {},
     'streams': {},
     'spec_augment': None,
@@ -112,6 +118,7 @@ TRAINING: dict[str, Any] = {
     'log_every': 20,
     'eval_every': 0,
     'dev': '',
+    'decoder': DECODER,
     'save_every': 500,
     # Checkpoints that stay: the newest, those of every n-th step, those with the lowest dev WER.
     'keep': 2,
@@ -133,6 +140,7 @@ KINDS: dict[str, dict[str, Any]] = {
         'teacher': '',
         'selection': '',
         'filter': None,
+        'decoder': DECODER,
         'batch_seconds': 128.0,
         'num_buckets': 6,
     },
@@ -142,6 +150,7 @@ KINDS: dict[str, dict[str, Any]] = {
         # Selections to score on; tables and report keep this order.
         'sets': (),
         'compare': (),
+        'decoder': DECODER,
         'batch_seconds': 128.0,
         'num_buckets': 6,
         'report_clips': 40,
@@ -173,6 +182,7 @@ def resolve(config: Any) -> dict[str, Any]:
     for name, fields in resolved['stages'].items():
         kind = choose(f'stages.{name}.kind', fields.get('kind'), KINDS)
         stages[name] = merge(f'stages.{name}', KINDS[kind], fields)
+        _check_decoder(f'stages.{name}', stages[name]['decoder'])
         if KINDS[kind] is TRAINING:
             stages[name] = _training_stage(f'stages.{name}', stages[name])
         if kind == 'pseudo_label':
@@ -241,7 +251,7 @@ def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
             raise unknown_field(f'{field}.streams', objectives[name]['stream'], stage['streams'])
         sources = stage['streams'][objectives[name]['stream']]['sources']
         silent = [source for source, given in sources.items() if not given['labels']]
-        if objective == 'ctc' and silent:
+        if objective in TRANSCRIPT and silent:
             raise ConfigError(
                 f'{path} needs labels, and source {silent[0]!r} of stream'
                 f" {objectives[name]['stream']!r} has none; set its `labels` to 'text' or to the"
@@ -250,6 +260,7 @@ def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
     if not objectives:
         raise ConfigError(f'config field {field}.objectives is empty; name at least one objective')
     stage['objectives'] = objectives
+    _check_heads(field, stage)
     groups = stage['optimizer']['groups'] or {'all': {}}
     stage['optimizer']['groups'] = _table(f'{field}.optimizer.groups', groups, GROUP_DEFAULTS)
     for name, group in stage['optimizer']['groups'].items():
@@ -277,6 +288,25 @@ def _check_keeping(field: str, stage: Mapping[str, Any]) -> None:
         )
     if stage['export'] == 'best' and not stage['keep_best']:
         raise ConfigError(f"config field {field}.export is 'best'; set keep_best to 1 or more")
+
+
+def _check_heads(field: str, stage: Mapping[str, Any]) -> None:
+    objectives = stage['objectives']
+    writing = [name for name, given in objectives.items() if given['objective'] in TRANSCRIPT]
+    for name in stage['init_heads']:
+        choose(f'{field}.init_heads', name, writing)
+    if stage['init_heads'] and not stage['init_from']:
+        raise ConfigError(
+            f'config field {field}.init_heads is {stage["init_heads"]!r}, but init_from names no'
+            ' stage to take heads from; set it, or set init_heads to ()'
+        )
+
+
+def _check_decoder(stage: str, fields: Mapping[str, Any]) -> None:
+    try:
+        DecoderConfig(**fields)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace('decoder.', f'{stage}.decoder.')) from error
 
 
 def _check_filter(field: str, steps: Any, labels: str) -> None:
@@ -399,7 +429,8 @@ def identity_of(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
     fields = {} if stage == 'prepare' else dict(config['stages'][stage])
     upstream = upstream_of(fields)
     if is_path(fields.get('init_from', '')):
-        fields['init_from'] = encoder_identity(stage, fields['init_from'])
+        with_heads = bool(fields['init_heads'])
+        fields['init_from'] = encoder_identity(stage, fields['init_from'], with_heads)
     return {
         'stage': stage,
         'fields': fields,

@@ -26,13 +26,19 @@ def is_path(init_from: str) -> bool:
     return '/' in init_from
 
 
-def encoder_identity(stage: str, path: str) -> str:
+def encoder_identity(stage: str, path: str, with_heads: bool = False) -> str:
     """What a stage that starts from the model at `path` puts into its identity.
+
+    Args:
+      stage: its name.
+      path: folder of the model.
+      with_heads: whether it takes heads too, and not the encoder alone.
 
     Raises:
       ConfigError: there is no model.
     """
-    return f'encoder {_info(stage, path)["encoder_hash"]}'
+    info = _info(stage, path)
+    return f'model {info["hash"]}' if with_heads else f'encoder {info["encoder_hash"]}'
 
 
 def check_shared_encoder(config: Mapping[str, Any], stage: str) -> None:

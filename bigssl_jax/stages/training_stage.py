@@ -17,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from bigssl_jax.audio import AudioConfig
+from bigssl_jax.config import UserError
 from bigssl_jax.data.stream import Stream, stream
 from bigssl_jax.data.tokenizer import Tokenizer
 from bigssl_jax.models import ConformerConfig, attention_kernels
@@ -31,11 +32,14 @@ from bigssl_jax.stages.schema import make_objective, training_audio_seconds
 from bigssl_jax.stages.shared_encoder import is_path
 from bigssl_jax.training.checkpoint import Checkpointer, Keep
 from bigssl_jax.training.guard import GuardSettings
-from bigssl_jax.training.initialise import match_encoder, only
+from bigssl_jax.training.initialise import match_parameters, only
 from bigssl_jax.training.loop import LoopSettings, Run, train
 from bigssl_jax.training.optimizers import make_schedules
 from bigssl_jax.training.state import TrainState
 from bigssl_jax.training.trainer import Trainer
+
+# They may write more labels than there are frames.
+TRANSDUCERS = ('rnnt', 'hat')
 
 Evaluate = Callable[[Trainer, TrainState], dict[str, float]]
 
@@ -160,7 +164,8 @@ def _open_streams(context: Context) -> dict[str, Stream]:
     host, num_hosts = batch_slice(context.mesh)
     streams = {
         name: stream(
-            context.stream_config(fields['streams'][given['stream']]),
+            context.stream_config(fields['streams'][given['stream']])
+            | {'for_ctc': given['objective'] not in TRANSDUCERS},
             seed=context.config['seed'],
             host=host,
             num_hosts=num_hosts,
@@ -176,13 +181,24 @@ def _open_streams(context: Context) -> dict[str, Stream]:
 def _first_state(
     context: Context, trainer: Trainer, statistics: Mapping[str, np.ndarray]
 ) -> TrainState:
-    """Fresh parameters, or those of the model that `init_from` names where they match."""
+    """Fresh parameters, or those of the model that `init_from` names where they match.
+
+    Raises:
+      UserError: what the model has does not match, or its heads know another tokenizer.
+    """
     source = context.fields['init_from']
     if not source:
         return trainer.make_state(statistics)
     earlier = load_model(pathlib.Path(source) if is_path(source) else context.workdir / source)
     wanted, shapes = trainer.abstract_state(statistics).params, earlier.shapes()
-    matching = match_encoder(wanted, shapes['params'])
+    heads = context.fields['init_heads']
+    if heads and earlier.tokenizer != artefacts.file_hash(context.tokenizer_path):
+        raise UserError(
+            f'stages.{context.name}.init_heads is {heads!r}, but {source} was trained with another'
+            ' tokenizer, so that its heads write other pieces; set init_heads to (), or use its'
+            ' tokenizer'
+        )
+    matching = match_parameters(wanted, shapes['params'], heads)
     arrays = earlier.read(
         {
             'params': only(wanted, matching.matched),
@@ -190,9 +206,10 @@ def _first_state(
         }
     )
     if jax.process_index() == 0:
+        what = ' and '.join(('encoder', *heads))
         report = {'from': source, 'model': earlier.hash} | dataclasses.asdict(matching)
         artefacts.write_json(context.directory / 'initialised.json', report)
-        print(f'{context.name}: encoder from {source}: {matching} (initialised.json)', flush=True)
+        print(f'{context.name}: {what} from {source}: {matching} (initialised.json)', flush=True)
     taken = traverse_util.flatten_dict(arrays['params'], sep='/')
     # The encoder knows features that were normalised with the statistics of its own training.
     return trainer.make_state(arrays['constants']['encoder'], taken)

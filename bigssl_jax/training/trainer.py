@@ -27,7 +27,7 @@ from bigssl_jax.audio import (
 )
 from bigssl_jax.config import ConfigError
 from bigssl_jax.models import ConformerConfig, Encoder
-from bigssl_jax.objectives import CTC, EncoderCall
+from bigssl_jax.objectives import TRANSCRIPT, EncoderCall
 from bigssl_jax.objectives.encoder_call import named_key
 from bigssl_jax.parallel import logical_to_shardings, replicated, use_mesh
 from bigssl_jax.training.optimizers import make_optimizer, path_name
@@ -190,15 +190,15 @@ class Trainer:
         )
 
     def transcript_head(self) -> str:
-        """The name of the CTC objective.
+        """The name of the first objective whose head writes text.
 
         Raises:
           ConfigError: the stage has none.
         """
         for name, objective in self.objectives.items():
-            if isinstance(objective, CTC):
+            if isinstance(objective, tuple(TRANSCRIPT.values())):
                 return name
-        raise ConfigError('a stage with a dev set needs a ctc objective')
+        raise ConfigError(f'a stage with a dev set needs an objective of {", ".join(TRANSCRIPT)}')
 
     def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
         """Readable metrics of all terms; `loss` is their weighted sum."""

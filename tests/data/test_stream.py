@@ -257,6 +257,10 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(make_corpus, tokenize
     }
     assert stream.num_utterances == 60 - 6 - too_long
     assert not {f'faulty-{i:04d}' for i in range(6)} & {i for k in range(30) for i in stream.ids(k)}
+    # A transducer may write several labels in a frame.
+    other = data.stream({**config, 'for_ctc': False}, seed=0)
+    assert 'ctc_impossible' not in other.excluded['s0']
+    assert other.num_utterances == stream.num_utterances + 2
 
 
 def test_nothing_usable_says_why(corpus, tokenizer):

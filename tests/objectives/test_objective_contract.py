@@ -4,14 +4,19 @@ reach the encoder and the objective's own head, and nothing is said about an emp
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from bigssl_jax.objectives import CTC, BestRQ, Wav2Vec2
+from bigssl_jax.objectives import CTC, HAT, RNNT, BestRQ, Wav2Vec2
 
 OBJECTIVES = [
     BestRQ(1, 64, 4, 0.08, 60.0, num_mels=16),
     BestRQ(3, 32, 4, 0.08, 60.0, num_mels=16),
     Wav2Vec2(8, 5, mask_start_probability=0.3, mask_span_ms=80.0),
     CTC(6, dropout=0.2),
+    RNNT(
+        6, dropout=0.2, prediction_layers=2, prediction_dim=8, prediction_dropout=0.2, joint_dim=8
+    ),
+    HAT(6, prediction='stateless', prediction_dim=8, joint_dim=8, ctc_weight=0.5),
 ]
 
 
@@ -95,7 +100,7 @@ def test_keys_decide_and_dropout_is_used(bench_with_dropout, batches, objective)
 
 def test_head_parameters_carry_axis_names(bench, objective):
     head = objective.init_params(jax.random.key(0), bench.config)
-    for box in head.values():
+    for box in jax.tree.leaves(head, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
         assert len(box.names) == box.value.ndim
         assert box.value.dtype == np.float32
 

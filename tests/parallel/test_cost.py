@@ -126,6 +126,15 @@ def test_a_loop_of_unknown_length_counts_once_and_says_so():
     assert (found.total, found.unknown_loops) == (ONCE, 1)
 
 
+def test_a_loop_of_unknown_length_counts_as_often_as_assumed():
+    def stacked(x, ws):
+        body = jax.lax.while_loop(lambda x: x.sum() > 1, lambda x: x @ ws[0], x)
+        return jax.lax.scan(lambda x, w: (x @ w, None), body, ws)[0]
+
+    found = count_flops(stacked, X, array(7, 8, 8), turns=5)
+    assert (found.total, found.unknown_loops) == ((5 + 7) * ONCE, 1)
+
+
 def test_own_derivatives_count_as_they_are_written():
     @jax.custom_vjp
     def own(x, w):

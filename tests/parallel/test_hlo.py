@@ -84,6 +84,7 @@ def test_a_loop_that_nobody_can_count_runs_once_and_is_named():
     program = hlo.parse(text)
     assert hlo.unknown_loops(program) == ['turns']
     assert hlo.execution_counts(program)['inner'] == 3
+    assert hlo.execution_counts(program, 5)['inner'] == 15
     known = text.replace(
         'body=%outer', 'body=%outer, backend_config={"known_trip_count":{"n":"7"}}'
     )

@@ -24,6 +24,7 @@ from bigssl_jax.parallel.fingerprint import fingerprint
 from bigssl_jax.stages import schema
 from bigssl_jax.stages.model import load_model, save_model
 from bigssl_jax.stages.recipe import run_recipe
+from bigssl_jax.stages.recognition import Recogniser
 from bigssl_jax.stages.training_stage import _first_state, make_trainer
 
 ENCODER = {
@@ -161,6 +162,9 @@ def test_the_identity_of_a_stage_holds_the_encoder_not_its_place(folder, tmp_pat
     save_model(moved / 'model', again.encoder, again.audio, HEADS, params, constants, None, 3)
     assert identity(moved) != identity(folder.path)
     assert schema.upstream_of(schema.resolve(experiment(str(moved)))['stages']['teacher']) == []
+    with_head = experiment(str(moved))
+    with_head['stages']['teacher']['init_heads'] = ('ctc',)
+    assert schema.identity_of(schema.resolve(with_head), 'teacher') != identity(moved)
 
 
 def test_a_stage_starts_from_the_encoder_and_its_statistics_and_reports_every_name(tmp_path):
@@ -199,6 +203,48 @@ def test_a_stage_starts_from_the_encoder_and_its_statistics_and_reports_every_na
     assert len(report['matched']) == len(jax.tree.leaves(state.params['encoder']))
     assert report['new'] == ['heads/ctc/bias', 'heads/ctc/kernel']
     assert report['dropped'] == ['heads/best_rq/bias', 'heads/best_rq/kernel']
+
+
+def test_a_head_comes_along_where_the_tokenizer_is_the_same(tmp_path):
+    mesh = make_mesh({'data': -1}, jax.devices()[:1])
+    config = schema.resolve(experiment())
+    trainer = make_trainer(config, 'teacher', mesh, 12)
+    rng = np.random.default_rng(0)
+    earlier = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape, np.float32), nn.unbox(trainer.abstract_params)
+    )
+    theirs = {name: np.full(40, 2.5, np.float32) for name in ('feature_mean', 'feature_std')}
+    tokenizer = tmp_path / 'tokenizer.model'
+    tokenizer.write_bytes(b'pieces')
+    save_model(
+        tmp_path / 'base' / 'model', trainer.encoder, trainer.audio,
+        config['stages']['teacher']['objectives'], earlier,
+        {'encoder': theirs, 'heads': {}}, tokenizer, 9,
+    )  # fmt: skip
+    context = types.SimpleNamespace(
+        name='teacher', fields=config['stages']['teacher'] | {'init_heads': ('ctc',)},
+        workdir=tmp_path, directory=tmp_path / 'teacher', tokenizer_path=tokenizer,
+    )  # fmt: skip
+    state = _first_state(context, trainer, theirs)
+    assert fingerprint(state.params) == fingerprint(earlier)
+    tokenizer.write_bytes(b'other pieces')
+    with pytest.raises(UserError, match=r'teacher.init_heads is .*base was trained with another'):
+        _first_state(context, trainer, theirs)
+
+
+def test_a_tokenizer_that_was_exchanged_is_refused(folder, tmp_path):
+    tokenizer = tmp_path / 'tokenizer.model'
+    tokenizer.write_bytes(b'pieces')
+    encoder, arrays = conformer('tiny', **ENCODER), small_arrays()
+    where = folder.path / 'model'
+    save_model(where, encoder, AudioConfig(num_mels=40), HEADS, *arrays, tokenizer, 3)
+    load_model(where).check_tokenizer()
+    (where / 'tokenizer.model').write_bytes(b'other pieces')
+    with pytest.raises(UserError, match='tokenizer.model is not the tokenizer that this model'):
+        load_model(where).check_tokenizer()
+    mesh = make_mesh({'data': -1}, jax.devices()[:1])
+    with pytest.raises(UserError, match='its heads would write other pieces'):
+        Recogniser.of_model(load_model(where), mesh)
 
 
 # One model on every mesh of eight fake devices.

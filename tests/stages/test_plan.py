@@ -13,6 +13,7 @@ import pytest
 
 from bigssl_jax import cli
 from bigssl_jax import config as config_lib
+from bigssl_jax.parallel.cost import count_flops
 from bigssl_jax.parallel.topologies import GIB, Chip, Topology
 from bigssl_jax.stages import schema
 from bigssl_jax.stages.plan import compilation, options, price, step, table
@@ -181,7 +182,7 @@ def test_the_planned_step_is_also_the_same_when_compiled_and_takes_the_same_memo
 @pytest.mark.parametrize('stage', ['pretrain', 'finetune'])
 def test_flops_of_the_8_b_model_are_those_of_the_closed_form(tmp_path, stage):
     """6 N FLOPs a frame and 12 L T d for attention; full rematerialisation: a forward pass more."""
-    config = schema.resolve(config_lib.load(str(ROOT / 'experiments/bigssl.py') + ':size=g'))
+    config = schema.resolve(config_lib.load(f'{ROOT}/experiments/bigssl.py:size=g,decoder=ctc'))
     stream = f'stages.{stage}.streams.{next(iter(config["stages"][stage]["streams"]))}'
     config = step.changed(
         config,
@@ -225,6 +226,27 @@ def test_a_plan_has_the_memory_of_the_compiler_and_what_follows_from_it(tmp_path
         500 * made.roofline.seconds / made.audio_hours / 3600
     )
     assert json.loads(json.dumps(made.to_json()))['mfu'] == made.mfu
+
+
+def test_a_search_is_priced_by_its_longest_path(tmp_path):
+    """A move is a step of the LSTM, its projection, and the joint network, for every row."""
+    given = experiment()
+    rnnt = {
+        'objective': 'rnnt', 'stream': 's',
+        'prediction_layers': 1, 'prediction_dim': 6, 'joint_dim': 5,
+    }  # fmt: skip
+    given['stages']['teacher']['objectives'] = {'rnnt': rnnt}
+    config = schema.resolve(given)
+    asked = price.Question(config, 'labels', ONE, jax.devices()[:1], tmp_path, lambda text: None)
+    program = asked.program()
+    moves = 26 + config['stages']['teacher']['streams']['s']['max_labels']
+    made = price.plan_question(asked)
+    assert program.turns == moves
+    assert any(f'{moves} moves' in line for line in made.assumptions)
+    once = count_flops(program.call, *program.arguments).total
+    move = 2 * (6 * 24 + 6 * 24 + 6 * 5 + 5 * 12) * program.batches['labels'].rows
+    assert made.hardware_flops - once == (moves - 1) * move
+    assert made.hbm_bytes > 0
 
 
 def test_a_measured_program_is_not_compiled_again(tmp_path, monkeypatch):

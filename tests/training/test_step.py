@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from bigssl_jax.training.optimizers import GROUP_DEFAULTS, make_optimizer
+from bigssl_jax.training.optimizers import GROUP_DEFAULTS, make_optimizer, make_schedules
 from bigssl_jax.training.state import TrainState
 from bigssl_jax.training.step import StepSettings, Term, make_train_step
 
@@ -102,3 +102,41 @@ def test_average_follows_the_ramp():
     state, _ = run(StepSettings(ema_decay=0.5), batch, params)
     expected = params['kernel'] + (1 - 1 / 10) * (state.params['kernel'] - params['kernel'])
     np.testing.assert_allclose(state.ema['kernel'], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('algorithm', ['adamw', 'adafactor'])
+def test_a_group_stands_still_to_the_bit_until_its_start(algorithm):
+    """Neither weight decay nor the average moves a frozen encoder; the head learns meanwhile."""
+    start, steps = 3, 6
+    groups = {
+        'encoder': {'pattern': '^encoder/', 'start': start, 'warmup': 2, 'weight_decay': 0.5},
+        'head': {'pattern': '^heads/', 'warmup': 1},
+    }
+    groups = {n: {**GROUP_DEFAULTS, 'algorithm': algorithm, **g} for n, g in groups.items()}
+    schedules = make_schedules(groups, steps)
+    plain, batch = problem()
+    first = {'encoder': {'kernel': plain['kernel']}, 'heads': {'kernel': plain['kernel']}}
+
+    def both(params, constants, batch, key):
+        product = {'kernel': params['encoder']['kernel'] * params['heads']['kernel']}
+        return totals(product, constants, batch, key)
+
+    optimizer, labels = make_optimizer(first, groups)
+    zero = jnp.int32(0)
+    state = TrainState(zero, zero, first, optimizer.init(first), first, {})
+    settings = StepSettings(ema_decay=0.9)
+    step = jax.jit(make_train_step((Term('a', both, 1.0),), optimizer, labels, settings))
+    moved = []
+    for number in range(steps):
+        rates = {name: np.float32(schedule(number)) for name, schedule in schedules.items()}
+        new, report = step(state, {'a': batch}, rates, jax.random.key(0))
+        assert report['finite'] and report['grad_norm'] > 0
+        now = {name: np.asarray(new.params[name]['kernel']) for name in first}
+        moved.append({n: (now[n] != state.params[n]['kernel']).all() for n in first})
+        if number < start:
+            np.testing.assert_array_equal(now['encoder'], first['encoder']['kernel'])
+            np.testing.assert_array_equal(new.ema['encoder']['kernel'], now['encoder'])
+        state = new
+    assert [m['encoder'] for m in moved] == [False] * start + [True] * (steps - start)
+    assert all(m['heads'] for m in moved)
+    assert schedules['encoder'](start) == pytest.approx(GROUP_DEFAULTS['peak'] / 2)

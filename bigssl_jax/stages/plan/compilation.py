@@ -26,7 +26,7 @@ from bigssl_jax.parallel.hbm import hbm_bytes
 from bigssl_jax.stages import artefacts
 from bigssl_jax.stages.plan.step import Program
 
-CACHE_VERSION = 1  # raised whenever what is kept of a program changes its meaning
+CACHE_VERSION = 2  # raised whenever what is kept of a program changes its meaning
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 _SIZE = r'\(?([\d.]+)([KMGT]?)i?B?\)?'
 
@@ -111,7 +111,7 @@ def _name(text: str, program: Program) -> str:
     """The hash of all that the measurements follow from."""
     devices = [(device.device_kind, device.id) for device in program.mesh.devices.flat]
     versions = [_version(package) for package in ('jaxlib', 'libtpu')]
-    content = repr((CACHE_VERSION, versions, program.mesh.shape, devices, text))
+    content = repr((CACHE_VERSION, versions, program.mesh.shape, devices, program.turns, text))
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -158,10 +158,12 @@ def _compile(lowered: Any, program: Program, limit: int) -> dict[str, Any]:
             needed=memory.peak,
             available=limit,
             complaint='',
-            collectives=tuple(dataclasses.asdict(c) for c in collectives(text, program.mesh))
+            collectives=tuple(
+                dataclasses.asdict(c) for c in collectives(text, program.mesh, program.turns)
+            )
             if text
             else (),
-            hbm_bytes=hbm_bytes(text) if text else 0.0,
+            hbm_bytes=hbm_bytes(text, program.turns) if text else 0.0,
             seconds=seconds,
             unread=unread,
         )

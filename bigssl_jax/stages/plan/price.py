@@ -285,7 +285,7 @@ def plan_question(question: Question) -> Plan:
         pass_hours=pass_hours(question.config, question.stage),
         largest=None,
         remedies=(),
-        assumptions=assumptions(question.config, question.stage, found.unread),
+        assumptions=assumptions(question.config, question.stage, found.unread, program.turns),
         compile_seconds=found.seconds,
     )
 
@@ -295,11 +295,11 @@ def step_flops(question: Question, program: Program) -> tuple[Flops, Flops]:
 
     Model FLOPs are those of the same step with nothing rematerialised.
     """
-    hardware = count_flops(program.call, *program.arguments)
+    hardware = count_flops(program.call, *program.arguments, turns=program.turns)
     if not is_training(question.config, question.stage):
         return hardware, hardware
     plain = question.change({'encoder.remat': 'none'}).program()
-    return count_flops(plain.call, *plain.arguments), hardware
+    return count_flops(plain.call, *plain.arguments, turns=program.turns), hardware
 
 
 def step_seconds(
@@ -391,17 +391,22 @@ def pass_hours(config: Mapping[str, Any], stage: str) -> float:
     return float(sum(hours)) if all(hours) else 0.0
 
 
-def assumptions(config: Mapping[str, Any], stage: str, unread: str = '') -> tuple[str, ...]:
+def assumptions(
+    config: Mapping[str, Any], stage: str, unread: str = '', turns: int = 1
+) -> tuple[str, ...]:
     """What config and compiler leave open, and what the plan takes instead.
 
     Args:
       config, stage: of the plan.
       unread: why the compiled program could not be read; '' when it could.
+      turns: assumed of loops of unknown length.
     """
     found = ['every utterance is as long as allowed: hours of audio include padding']
     labelled = config['tokenizer']['selection'] and config['stages'][stage]['kind'] != 'pretrain'
     if labelled and not config['tokenizer']['vocabulary_size']:
         found.append(f'the tokenizer has {ASSUMED_VOCABULARY} ids; its texts will decide')
+    if turns > 1:
+        found.append(f'the search makes {turns:,} moves: one a frame, one a label of the longest')
     if unread:
         found.append(
             'HBM and links take no time, because this jaxlib cannot read the compiled program'

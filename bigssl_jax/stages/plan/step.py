@@ -23,6 +23,8 @@ from jax.sharding import Mesh
 
 from bigssl_jax.config import ConfigError, UserError, choose
 from bigssl_jax.data import buckets
+from bigssl_jax.decoding import DecoderConfig
+from bigssl_jax.objectives import CTC
 from bigssl_jax.parallel import batch_sharding, replicated, use_mesh
 from bigssl_jax.parallel.layout import check_layout, landed
 from bigssl_jax.stages.context import Context
@@ -73,6 +75,7 @@ class Program:
       batches: stream name -> its batch.
       parameters: number of parameters.
       parts: what lies in memory between two steps -> bytes per device.
+      turns: assumed of a loop whose number of turns only the running program knows.
     """
 
     function: Any
@@ -81,6 +84,7 @@ class Program:
     batches: Mapping[str, Batch]
     parameters: int
     parts: Mapping[str, int]
+    turns: int = 1
 
     @property
     def audio_seconds(self) -> float:
@@ -164,6 +168,7 @@ def _labelling_program(config: Mapping[str, Any], stage: str, mesh: Mesh) -> Pro
         config, config['stages'][stage]['teacher'], mesh, vocabulary_size(config)
     )
     name = teacher.transcript_head()
+    search = DecoderConfig(**config['stages'][stage]['decoder'])
     head = teacher.objectives[name]
     check_layout(landed(teacher.abstract_params, mesh), mesh, config['compute']['max_replicated'])
     layout = parameter_layout(teacher.encoder, {name: head}, mesh)
@@ -175,7 +180,7 @@ def _labelling_program(config: Mapping[str, Any], stage: str, mesh: Mesh) -> Pro
     streams = stage_batches(config, stage, mesh)
     batch = _abstract_batch(streams[stage], mesh)
     return Program(
-        function=decoder(teacher.encoder, teacher.audio, head, mesh),
+        function=decoder(teacher.encoder, teacher.audio, head, mesh, search),
         arguments=(params, constants, batch),
         mesh=mesh,
         batches=streams,
@@ -185,7 +190,17 @@ def _labelling_program(config: Mapping[str, Any], stage: str, mesh: Mesh) -> Pro
             'constants': shard_bytes(constants),
             'batch': shard_bytes(batch),
         },
+        turns=_moves(config, stage, streams[stage], head),
     )
+
+
+def _moves(config: Mapping[str, Any], stage: str, batch: Batch, head: Any) -> int:
+    """Moves of a transducer's search: one for every frame, one for every label that is allowed."""
+    if isinstance(head, CTC):
+        return 1
+    teacher = config['stages'][config['stages'][stage]['teacher']]
+    labels = max(stream['max_labels'] for stream in teacher['streams'].values())
+    return int(buckets.encoder_frames(np.array(batch.samples))) + labels
 
 
 # ---------------------------------------------------------------------------------------------
