@@ -105,6 +105,7 @@ def make_ours(objective: str, remat: str, parts: bool) -> tuple[Callable[[], Non
         jax.block_until_ready((holder[0], report))
 
     size = sum(leaf.size for leaf in jax.tree.leaves(holder[0].params))
+    assert trainer.encoder is not None
     facts: dict[str, Any] = {
         'library': f'jax {jax.__version__}',
         'parameters': int(size),

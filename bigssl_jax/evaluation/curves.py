@@ -35,6 +35,8 @@ CHARTS = (
     Chart('masked_fraction', 'Masked fraction', percent=True),
     Chart('wer', 'WER on the dev set', percent=True),
     Chart('cer', 'CER on the dev set', percent=True),
+    Chart('word_perplexity', 'Perplexity per word'),
+    Chart('tokens_per_second', 'Tokens per second', from_zero=True),
     Chart('audio_seconds_per_second', 'Audio seconds per second', from_zero=True),
     Chart('grad_norm', 'Gradient norm', from_zero=True),
 )

@@ -8,6 +8,7 @@ An objective is a frozen dataclass with `name`, `init_params(key, encoder_config
 from bigssl_jax.objectives.best_rq import BestRQ
 from bigssl_jax.objectives.ctc import CTC
 from bigssl_jax.objectives.encoder_call import EncoderCall
+from bigssl_jax.objectives.next_token import NextToken
 from bigssl_jax.objectives.quantizer import quantize
 from bigssl_jax.objectives.rnnt import HAT, RNNT
 from bigssl_jax.objectives.wav2vec2 import Wav2Vec2
@@ -22,6 +23,7 @@ __all__ = [
     'TRANSCRIPT',
     'BestRQ',
     'EncoderCall',
+    'NextToken',
     'Wav2Vec2',
     'quantize',
 ]

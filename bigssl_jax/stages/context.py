@@ -93,7 +93,7 @@ class Context:
             'sources': sources,
             'tokenizer': str(self.tokenizer_path) if labelled else None,
             'normaliser': self.config['tokenizer']['normaliser'],
-            'multiple_of': self._rows_multiple(fields['rows_multiple']),
+            'multiple_of': self.rows_multiple(fields['rows_multiple']),
         }
 
     def watchdog(self) -> Watchdog:
@@ -111,7 +111,7 @@ class Context:
             'multiple_of': batch_parts(mesh or self.mesh),
         }
 
-    def _rows_multiple(self, wanted: int) -> int:
+    def rows_multiple(self, wanted: int) -> int:
         """What the rows of a training batch are a multiple of.
 
         Raises:
@@ -146,7 +146,7 @@ class Context:
 
     def remember_batches(self) -> None:
         """Notes what batches are a multiple of, for a run that continues on other devices."""
-        multiple = self._rows_multiple(0)
+        multiple = self.rows_multiple(0)
         artefacts.write_json(self.directory / 'batches.json', {'rows_multiple': multiple})
 
     def input_hashes(self) -> dict[str, str]:

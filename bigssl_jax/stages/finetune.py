@@ -25,6 +25,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
 
     def evaluate(trainer: Trainer, state: TrainState) -> dict[str, float]:
         name = trainer.transcript_head()
+        assert trainer.encoder is not None, name
         params = state.evaluated_params()
         recogniser = Recogniser(
             trainer.encoder,

@@ -39,7 +39,7 @@ class Model:
 
     Attributes:
       directory: its folder.
-      encoder: encoder config.
+      encoder: encoder config; None for a language model, which has none.
       audio: audio config.
       heads: objective name -> {'objective', its fields}.
       arrays: name of an array, e.g. 'params/encoder/norm/scale' -> its fingerprint.
@@ -48,7 +48,7 @@ class Model:
     """
 
     directory: pathlib.Path
-    encoder: ConformerConfig
+    encoder: ConformerConfig | None
     audio: AudioConfig
     heads: Mapping[str, Mapping[str, Any]]
     arrays: Mapping[str, str]
@@ -123,7 +123,7 @@ class Model:
 
 def save_model(
     directory: pathlib.Path,
-    encoder: ConformerConfig,
+    encoder: ConformerConfig | None,
     audio: AudioConfig,
     heads: Mapping[str, Mapping[str, Any]],
     params: Any,
@@ -146,7 +146,7 @@ def save_model(
     arrays = {'params': params, 'constants': constants}
     texts = fingerprints(arrays)
     info = {
-        'encoder': dataclasses.asdict(encoder),
+        'encoder': None if encoder is None else dataclasses.asdict(encoder),
         'audio': dataclasses.asdict(audio),
         'heads': {name: dict(fields) for name, fields in heads.items()},
         'tokenizer': artefacts.file_hash(tokenizer) if tokenizer else None,
@@ -183,7 +183,7 @@ def load_model(directory: pathlib.Path) -> Model:
         raise UserError(f'{directory}/model.json is damaged: its hash is not that of its arrays')
     return Model(
         directory=directory,
-        encoder=ConformerConfig(**info['encoder']),
+        encoder=None if info['encoder'] is None else ConformerConfig(**info['encoder']),
         audio=AudioConfig(**info['audio']),
         heads=info['heads'],
         arrays=info['arrays'],

@@ -108,6 +108,7 @@ class Recogniser:
         model.check_tokenizer()
         tokenizer = Tokenizer(model.tokenizer_path)
         head = make_objective(model.heads[name], tokenizer.vocabulary_size, model.audio.num_mels)
+        assert model.encoder is not None, model.directory  # a transcript head has one
         encoder = attention_kernels.portable(model.encoder, mesh.devices.flat[0].platform)
         arrays = model.read(
             {

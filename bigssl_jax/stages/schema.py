@@ -3,7 +3,8 @@
     corpora      name -> where the speech comes from
     selections   name -> which rows of a corpus
     tokenizer    trained on the texts of one selection
-    stages       name -> fields of its kind (pretrain, finetune, pseudo_label, evaluate)
+    stages       name -> fields of its kind (pretrain, finetune, language_model, pseudo_label,
+                 evaluate)
     recipe       the order in which the stages run; 'prepare' comes first by itself
 
 `resolve` lays an experiment's config over these defaults and checks what it refers to.
@@ -20,13 +21,16 @@ from bigssl_jax.data.label_filters import check_filter
 from bigssl_jax.decoding import DecoderConfig
 from bigssl_jax.models import ConformerConfig
 from bigssl_jax.models.presets import NAMES, conformer
-from bigssl_jax.objectives import TRANSCRIPT, BestRQ, Wav2Vec2
+from bigssl_jax.objectives import TRANSCRIPT, BestRQ, NextToken, Wav2Vec2
 from bigssl_jax.stages.shared_encoder import encoder_identity, is_path
 from bigssl_jax.training.guard import GuardSettings
 from bigssl_jax.training.optimizers import ALGORITHMS, GROUP_DEFAULTS
 from bigssl_jax.training.schedules import SHAPES
 
-OBJECTIVES: dict[str, Any] = {'best_rq': BestRQ, 'wav2vec2': Wav2Vec2, **TRANSCRIPT}
+# What hears audio, and what reads text: no stage mixes them.
+AUDIO_OBJECTIVES: dict[str, Any] = {'best_rq': BestRQ, 'wav2vec2': Wav2Vec2, **TRANSCRIPT}
+TEXT_OBJECTIVES: dict[str, Any] = {'next_token': NextToken}
+OBJECTIVES: dict[str, Any] = AUDIO_OBJECTIVES | TEXT_OBJECTIVES
 # Fields of an objective that follow from the rest of the experiment.
 DERIVED = ('name', 'vocabulary_size', 'num_mels')
 
@@ -130,11 +134,33 @@ TRAINING: dict[str, Any] = {
     'divergence': dataclasses.asdict(GuardSettings()),
 }
 
+# A language model has no encoder, hears nothing and starts from nothing.
+LANGUAGE_MODEL: dict[str, Any] = {
+    name: default
+    for name, default in TRAINING.items()
+    if name not in ('init_from', 'init_heads', 'spec_augment', 'speed_perturb', 'noise', 'decoder')
+}
+
+TEXT_STREAM: dict[str, Any] = {
+    'sources': {},
+    # Padded tokens of a batch, </s> included.
+    'batch_tokens': 8192,
+    'num_buckets': 4,
+    # Longer sentences are left out and counted.
+    'max_tokens': 256,
+    'rows_multiple': 0,
+    'rates': 'weights',
+}
+
+# Either the transcripts of a selection, or text files (.txt, .gz), one sentence a line.
+TEXT_SOURCE: dict[str, Any] = {'selection': '', 'texts': (), 'weight': 1.0}
+
 OBJECTIVE: dict[str, Any] = {'objective': '', 'stream': '', 'weight': 1.0}
 
 KINDS: dict[str, dict[str, Any]] = {
     'pretrain': TRAINING,
     'finetune': TRAINING,
+    'language_model': LANGUAGE_MODEL,
     'pseudo_label': {
         'kind': '',
         'teacher': '',
@@ -182,8 +208,9 @@ def resolve(config: Any) -> dict[str, Any]:
     for name, fields in resolved['stages'].items():
         kind = choose(f'stages.{name}.kind', fields.get('kind'), KINDS)
         stages[name] = merge(f'stages.{name}', KINDS[kind], fields)
-        _check_decoder(f'stages.{name}', stages[name]['decoder'])
-        if KINDS[kind] is TRAINING:
+        if 'decoder' in stages[name]:
+            _check_decoder(f'stages.{name}', stages[name]['decoder'])
+        if 'objectives' in KINDS[kind]:
             stages[name] = _training_stage(f'stages.{name}', stages[name])
         if kind == 'pseudo_label':
             _check_filter(f'stages.{name}.filter', stages[name]['filter'], name)
@@ -220,23 +247,32 @@ def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
         ('speed_perturb', SpeedConfig),
         ('noise', NoiseConfig),
     ):
-        if stage[name] is not None:
+        if stage.get(name) is not None:
             defaults = dataclasses.asdict(config())
             stage[name] = merge(f'{field}.{name}', defaults, stage[name])
             config(**stage[name])
     _check_keeping(field, stage)
-    stage['streams'] = _table(f'{field}.streams', stage['streams'], STREAM)
+    of_text = stage['kind'] == 'language_model'
+    stage['streams'] = _table(
+        f'{field}.streams', stage['streams'], TEXT_STREAM if of_text else STREAM
+    )
     for name, stream in stage['streams'].items():
         path = f'{field}.streams.{name}'
-        stream['sources'] = _table(f'{path}.sources', stream['sources'], SOURCE)
+        stream['sources'] = _table(
+            f'{path}.sources', stream['sources'], TEXT_SOURCE if of_text else SOURCE
+        )
         if not stream['sources']:
             raise ConfigError(f'config field {path}.sources is empty; name at least one source')
         for source, fields in stream['sources'].items():
-            _check_filter(f'{path}.sources.{source}.filter', fields['filter'], fields['labels'])
+            if of_text:
+                _check_texts(f'{path}.sources.{source}', fields)
+            else:
+                _check_filter(f'{path}.sources.{source}.filter', fields['filter'], fields['labels'])
     objectives = {}
     for name, fields in stage['objectives'].items():
         path = f'{field}.objectives.{name}'
-        objective = choose(f'{path}.objective', fields.get('objective'), OBJECTIVES)
+        allowed = TEXT_OBJECTIVES if of_text else AUDIO_OBJECTIVES
+        objective = choose(f'{path}.objective', fields.get('objective'), allowed)
         defaults = OBJECTIVE | {
             f.name: f.default
             for f in dataclasses.fields(OBJECTIVES[objective])
@@ -250,7 +286,7 @@ def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
         if objectives[name]['stream'] not in stage['streams']:
             raise unknown_field(f'{field}.streams', objectives[name]['stream'], stage['streams'])
         sources = stage['streams'][objectives[name]['stream']]['sources']
-        silent = [source for source, given in sources.items() if not given['labels']]
+        silent = [source for source, given in sources.items() if not given.get('labels', 'text')]
         if objective in TRANSCRIPT and silent:
             raise ConfigError(
                 f'{path} needs labels, and source {silent[0]!r} of stream'
@@ -293,12 +329,24 @@ def _check_keeping(field: str, stage: Mapping[str, Any]) -> None:
 def _check_heads(field: str, stage: Mapping[str, Any]) -> None:
     objectives = stage['objectives']
     writing = [name for name, given in objectives.items() if given['objective'] in TRANSCRIPT]
+    if 'init_heads' not in stage:
+        return
     for name in stage['init_heads']:
         choose(f'{field}.init_heads', name, writing)
     if stage['init_heads'] and not stage['init_from']:
         raise ConfigError(
             f'config field {field}.init_heads is {stage["init_heads"]!r}, but init_from names no'
             ' stage to take heads from; set it, or set init_heads to ()'
+        )
+
+
+def _check_texts(field: str, source: Mapping[str, Any]) -> None:
+    if isinstance(source['texts'], str):
+        raise ConfigError(f'config field {field}.texts is {source["texts"]!r}; it must be a list')
+    if bool(source['selection']) == bool(source['texts']):
+        raise ConfigError(
+            f'config field {field}: give either a selection, whose transcripts are read, or texts'
+            f' (files); given are selection={source["selection"]!r}, texts={source["texts"]!r}'
         )
 
 
@@ -333,7 +381,7 @@ def training_audio_seconds(config: Mapping[str, Any], name: str) -> float:
     """Seconds of audio, padding included, that a stage trains on."""
     fields = config['stages'].get(name, {})
     used = {objective['stream'] for objective in fields.get('objectives', {}).values()}
-    seconds = sum(fields['streams'][stream]['batch_seconds'] for stream in used)
+    seconds = sum(fields['streams'][stream].get('batch_seconds', 0.0) for stream in used)
     return float(fields.get('steps', 0) * seconds)
 
 
@@ -381,7 +429,9 @@ def _check_references(config: Mapping[str, Any]) -> None:
 
 def _has_labels(stage: Mapping[str, Any]) -> bool:
     streams = stage.get('streams', {}).values()
-    return any(source['labels'] for stream in streams for source in stream['sources'].values())
+    return any(
+        source.get('labels', 'text') for stream in streams for source in stream['sources'].values()
+    )
 
 
 def _must_exist(field: str, name: str, table: Collection[str]) -> None:
@@ -406,7 +456,7 @@ def _uses(stage: Mapping[str, Any]) -> list[tuple[str, str, tuple[str, ...]]]:
     found += [('models', name, ('finetune',)) for name in stage.get('models', ())]
     for stream_name, stream in stage.get('streams', {}).items():
         for name, source in stream['sources'].items():
-            if source['labels'] != 'text':
+            if source.get('labels', 'text') != 'text':
                 field = f'streams.{stream_name}.sources.{name}.labels'
                 found.append((field, source['labels'], ('pseudo_label',)))
     return [(field, name, kinds) for field, name, kinds in found if name]
@@ -419,7 +469,8 @@ def _selections_of(stage: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(('dev', stage['dev']))
     for stream_name, stream in stage.get('streams', {}).items():
         for name, source in stream['sources'].items():
-            found.append((f'streams.{stream_name}.sources.{name}', source['selection']))
+            if not source.get('texts'):
+                found.append((f'streams.{stream_name}.sources.{name}', source['selection']))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What pretrain and finetune share: from a stage's config to a finished training run.
+"""What pretrain, finetune and language_model share: from a stage's config to a finished run.
 
 config  ->  trainer                 (encoder, objectives, optimizer)
         ->  streams                 (one per objective)
@@ -53,9 +53,11 @@ def make_trainer(
       UserError: the config asks for a kernel that the mesh's devices do not have.
     """
     fields = config['stages'][stage]
-    overrides = {k: v for k, v in config['encoder'].items() if k != 'preset'}
-    encoder = ConformerConfig(**overrides)
-    attention_kernels.check_platform(encoder.attention, mesh.devices.flat[0].platform)
+    encoder = None
+    if fields['kind'] != 'language_model':
+        overrides = {k: v for k, v in config['encoder'].items() if k != 'preset'}
+        encoder = ConformerConfig(**overrides)
+        attention_kernels.check_platform(encoder.attention, mesh.devices.flat[0].platform)
     return Trainer(
         encoder=encoder,
         audio=AudioConfig(**config['audio']),
@@ -70,13 +72,16 @@ def make_trainer(
 
 
 def run_training(
-    context: Context, evaluate: Evaluate | None = None
+    context: Context,
+    evaluate: Evaluate | None = None,
+    open_streams: Callable[[Context], dict[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains the context's stage, continuing where it stopped, and writes its model folder.
 
     Args:
       context: the stage's surroundings.
       evaluate: dev metrics of a state, computed every `eval_every` steps.
+      open_streams: one stream for every objective; default: of audio.
 
     Returns:
       (outputs, results) for done.json.
@@ -88,11 +93,18 @@ def run_training(
     rows = landed(trainer.abstract_params, context.mesh)
     check_layout(rows, context.mesh, context.config['compute']['max_replicated'])
     say('\n'.join(layout_lines(rows, context.mesh)))
-    statistics = {k: np.asarray(v) for k, v in np.load(context.statistics_path).items()}
-    streams = _open_streams(context)
+    statistics = {}
+    if trainer.encoder is not None:
+        statistics = {k: np.asarray(v) for k, v in np.load(context.statistics_path).items()}
+    streams = (open_streams or _open_streams)(context)
     checkpointer = Checkpointer(
         context.directory / 'checkpoints',
-        keep=Keep(fields['keep'], fields['keep_every'], fields['keep_best']),
+        keep=Keep(
+            fields['keep'],
+            fields['keep_every'],
+            fields['keep_best'],
+            'dev_wer' if trainer.encoder else 'dev_loss',
+        ),
         identity={'config': context.identity_hash()}
         | {f'stream of {name}': s.fingerprint for name, s in streams.items()},
     )
@@ -155,7 +167,9 @@ def _exported(
 
 def _is_labelled(fields: Mapping[str, Any]) -> bool:
     streams = fields['streams'].values()
-    return any(source['labels'] for stream in streams for source in stream['sources'].values())
+    return any(
+        source.get('labels', 'text') for stream in streams for source in stream['sources'].values()
+    )
 
 
 def _open_streams(context: Context) -> dict[str, Stream]:
@@ -186,7 +200,7 @@ def _first_state(
     Raises:
       UserError: what the model has does not match, or its heads know another tokenizer.
     """
-    source = context.fields['init_from']
+    source = context.fields.get('init_from')
     if not source:
         return trainer.make_state(statistics)
     earlier = load_model(pathlib.Path(source) if is_path(source) else context.workdir / source)
@@ -218,7 +232,7 @@ def _first_state(
 def _run(
     context: Context,
     trainer: Trainer,
-    streams: Mapping[str, Stream],
+    streams: Mapping[str, Any],
     evaluate: Evaluate | None,
 ) -> Run:
     fields = context.fields

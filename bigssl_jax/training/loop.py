@@ -47,6 +47,7 @@ from bigssl_jax.training.schedules import Schedule
 from bigssl_jax.training.signals import Stopped, StopRequest
 from bigssl_jax.training.state import TrainState
 
+AUDIO = 'audio_seconds'
 HOST_KEYS = ('utterances', 'sources')  # for the host's book-keeping; not sent to the devices
 
 
@@ -299,7 +300,7 @@ class Window:
     """
 
     def __init__(self, run: Run, settings: LoopSettings, start: int):
-        self._run = run
+        self._run, self._kind = run, AUDIO
         self._progress = Progress(run.name, settings.steps, run.later_audio_seconds)
         # Every process holds a slice of the rows; their length in all is told from process 0's.
         self._slices = batch_slice(run.mesh)[1]
@@ -309,15 +310,16 @@ class Window:
     def _reset(self, step: int) -> None:
         self._first = step
         self._totals: dict[str, Any] | None = None
-        self._audio = self._padded = 0.0
+        self._work = self._padded = 0.0
         self._started, self.wait_seconds = time.monotonic(), 0.0
 
     def add(self, report: Mapping[str, Any], batches: Mapping[str, dict]) -> None:
-        """Adds one step's report; `batches` are this host's, for the seconds of audio."""
+        """Adds one step's report; `batches` are this host's, for the speed."""
         self._totals = self._add(self._totals, report)
         for batch in batches.values():
-            self._audio += self._slices * float(batch['sample_counts'].sum()) / 16000
-            self._padded += self._slices * batch['audio'].size / 16000
+            self._kind, done, padded = work_of(batch)
+            self._work += self._slices * done
+            self._padded += self._slices * padded
 
     def close(self, step: int, state: TrainState, rates: Mapping[str, Any]) -> dict[str, float]:
         """Metrics of the window that ends with `step`; shows the progress line."""
@@ -333,13 +335,20 @@ class Window:
             'skipped': int(state.skipped),
             'step_seconds': seconds / steps,
             'input_wait_seconds': self.wait_seconds / steps,
-            'audio_seconds_per_second': self._audio / seconds,
-            'padding_fraction': 1.0 - self._audio / max(self._padded, 1e-9),
+            f'{self._kind}_per_second': self._work / seconds,
+            'padding_fraction': 1.0 - self._work / max(self._padded, 1e-9),
         }
         loss = metrics.get('loss', math.nan)
-        self._progress.show(step, loss, metrics['audio_seconds_per_second'], self._audio / steps)
+        self._progress.show(step, loss, self._work / seconds, self._work / steps, self._kind)
         self._reset(step)
         return metrics
+
+
+def work_of(batch: Mapping[str, Any]) -> tuple[str, float, float]:
+    """(what is counted, how much of it a batch holds, how much padded): audio, or text's tokens."""
+    if 'audio' in batch:
+        return AUDIO, float(batch['sample_counts'].sum()) / 16000, batch['audio'].size / 16000
+    return 'tokens', float(batch['label_counts'].sum()), float(batch['labels'].size)
 
 
 def _add_finite(total: Any, report: dict[str, Any]) -> dict[str, Any]:

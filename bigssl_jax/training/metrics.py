@@ -91,7 +91,12 @@ class Progress:
         self._terminal = sys.stderr.isatty()
 
     def show(
-        self, step: int, loss: float | None, audio_per_second: float, batch_seconds: float
+        self,
+        step: int,
+        loss: float | None,
+        audio_per_second: float,
+        batch_seconds: float,
+        kind: str = 'audio_seconds',
     ) -> None:
         """Draws the line.
 
@@ -100,14 +105,16 @@ class Progress:
           loss: of the last window; None where there is none.
           audio_per_second: seconds of audio worked on in a second.
           batch_seconds: seconds of audio in a step, for the time left.
+          kind: 'audio_seconds', or 'tokens' when both are of those.
         """
         seconds_left = (self._total - step) * batch_seconds / max(audio_per_second, 1e-9)
+        unit = 's audio' if kind == 'audio_seconds' else kind
         text = (
             f'{self._name}: {self._unit} {step}/{self._total}'
             + ('' if loss is None else f'  loss {loss:.3f}')
-            + f'  {audio_per_second:.0f} s audio/s  left {clock(seconds_left)}'
+            + f'  {audio_per_second:.0f} {unit}/s  left {clock(seconds_left)}'
         )
-        if self._later:
+        if self._later and kind == 'audio_seconds':
             text += (
                 f' (whole run {clock(seconds_left + self._later / max(audio_per_second, 1e-9))})'
             )

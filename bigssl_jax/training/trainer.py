@@ -40,7 +40,7 @@ class Trainer:
     """A stage's model, losses and optimizer: everything about its step but the data.
 
     Attributes:
-      encoder: encoder config.
+      encoder: encoder config; None for a language model: its objectives read text alone.
       audio: front-end config.
       objectives: name -> objective (frozen dataclass of the objectives room).
       fields: the stage's resolved config fields.
@@ -48,7 +48,7 @@ class Trainer:
       mesh: devices.
     """
 
-    encoder: ConformerConfig
+    encoder: ConformerConfig | None
     audio: AudioConfig
     objectives: Mapping[str, Any]
     fields: Mapping[str, Any]
@@ -145,6 +145,9 @@ class Trainer:
         self, name: str, params: Any, constants: Any, batch: dict[str, jax.Array], key: jax.Array
     ) -> Totals:
         objective = self.objectives[name]
+        head, own = params['heads'][name], constants['heads'][name]
+        if self.encoder is None:
+            return objective.totals(None, head, own, batch, key)
         batch = self.perturb(batch, key)
         call = EncoderCall(
             encoder=Encoder(self.encoder),
@@ -154,8 +157,7 @@ class Trainer:
             spec_augment=_config(self.fields, 'spec_augment'),
             deterministic=False,
         )
-        head = params['heads'][name]
-        return objective.totals(call, head, constants['heads'][name], batch, key)
+        return objective.totals(call, head, own, batch, key)
 
     def perturb(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
         """The batch with its waveforms sped up or slowed down and noise added, if so configured."""
@@ -180,7 +182,7 @@ class Trainer:
         settings = StepSettings(given['clip_norm'], given['ema_decay'], given['micro_batches'])
         statistics = {
             name: jax.ShapeDtypeStruct((self.audio.num_mels,), jnp.float32)
-            for name in ('feature_mean', 'feature_std')
+            for name in (('feature_mean', 'feature_std') if self.encoder else ())
         }
         # Left to the compiler, the new state may lie otherwise, and step 2 would compile again.
         return jax.jit(
@@ -219,11 +221,11 @@ class Trainer:
         return None
 
 
-def _init_params(encoder: ConformerConfig, objectives: Mapping[str, Any], key: jax.Array) -> Any:
-    features = jnp.zeros((1, 16, encoder.num_mels), jnp.float32)
-    mask = jnp.ones((1, 16), bool)
+def _init_params(
+    encoder: ConformerConfig | None, objectives: Mapping[str, Any], key: jax.Array
+) -> Any:
     return {
-        'encoder': Encoder(encoder).init(jax.random.fold_in(key, 0), features, mask)['params'],
+        'encoder': _init_encoder(encoder, jax.random.fold_in(key, 0)) if encoder else {},
         'heads': {
             name: objective.init_params(named_key(key, name), encoder)
             for name, objective in objectives.items()
@@ -231,8 +233,14 @@ def _init_params(encoder: ConformerConfig, objectives: Mapping[str, Any], key: j
     }
 
 
+def _init_encoder(encoder: ConformerConfig, key: jax.Array) -> Any:
+    features = jnp.zeros((1, 16, encoder.num_mels), jnp.float32)
+    mask = jnp.ones((1, 16), bool)
+    return Encoder(encoder).init(key, features, mask)['params']
+
+
 def parameter_layout(
-    encoder: ConformerConfig, objectives: Mapping[str, Any], mesh: jax.sharding.Mesh
+    encoder: ConformerConfig | None, objectives: Mapping[str, Any], mesh: jax.sharding.Mesh
 ) -> Any:
     """{'encoder', 'heads'} of `jax.ShapeDtypeStruct` with the shardings that the rules give."""
     with use_mesh(mesh):
