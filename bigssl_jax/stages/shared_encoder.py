@@ -68,6 +68,12 @@ def check_shared_encoder(config: Mapping[str, Any], stage: str) -> None:
 
 def _info(stage: str, path: str) -> dict[str, Any]:
     try:
-        return artefacts.model_info(pathlib.Path(path))[1]
+        info = artefacts.model_info(pathlib.Path(path))[1]
     except UserError as error:
         raise ConfigError(f'config field stages.{stage}.init_from is {path!r}: {error}') from error
+    if info['encoder'] is None:
+        raise ConfigError(
+            f'config field stages.{stage}.init_from is {path!r}, a language model, which has no'
+            ' encoder; name the folder of a pretrain or finetune stage'
+        )
+    return info

@@ -18,6 +18,7 @@ from bigssl_jax.stages import language_model, schema
 from bigssl_jax.stages.context import Context
 from bigssl_jax.stages.fusion_model import load_language_model
 from bigssl_jax.stages.model import load_model
+from bigssl_jax.stages.shared_encoder import encoder_identity
 from bigssl_jax.training.signals import Stopped, StopRequest
 
 STEPS = 60
@@ -157,6 +158,11 @@ def test_the_folder_is_fused_with_a_recogniser_of_the_same_pieces(trained, text,
     other = types.SimpleNamespace(tokenizer='0' * 64, directory='teacher')
     with pytest.raises(UserError, match='another tokenizer .* than teacher .000000000000'):
         load_language_model(trained.context.directory, other, mesh)
+
+
+def test_no_encoder_starts_from_a_language_model(trained):
+    with pytest.raises(ConfigError, match='a language model, which has no encoder'):
+        encoder_identity('teacher', str(trained.context.directory), False)
 
 
 @pytest.mark.parametrize(
