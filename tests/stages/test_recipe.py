@@ -116,10 +116,10 @@ def test_a_second_run_does_nothing_and_says_so(finished, config, capsys):
 
 def test_a_changed_config_is_refused_by_field_and_damages_nothing(finished, config):
     before = contents(finished.workdir)
-    config.stages['teacher']['steps'] = 101
-    with pytest.raises(ConfigError, match=r'fields\.steps: 100 -> 101.*--workdir'):
+    config.stages['teacher']['steps'] = 201
+    with pytest.raises(ConfigError, match=r'fields\.steps: 200 -> 201.*--workdir'):
         run_recipe(config, finished.workdir)
-    config.stages['teacher']['steps'] = 100
+    config.stages['teacher']['steps'] = 200
     config.seed = 4
     with pytest.raises(ConfigError, match=r'shared\.seed: 3 -> 4'):
         run_recipe(config, finished.workdir, stages=['evaluate'])

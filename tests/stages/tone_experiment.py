@@ -41,7 +41,7 @@ def get_config(manifest: str) -> ml_collections.ConfigDict:
     config.stages = {
         'supervised': finetune(100, {'labelled': labelled}),
         'pretrain': pretrain(40),
-        'teacher': finetune(100, {'labelled': labelled}, init_from='pretrain') | TRANSDUCER,
+        'teacher': finetune(200, {'labelled': labelled}, init_from='pretrain') | TRANSDUCER,
         'labels': {
             'kind': 'pseudo_label',
             'teacher': 'teacher',
