@@ -215,12 +215,12 @@ def test_one_sweep_at_a_time_works_in_a_folder(files):
 
 def test_a_list_starts_nothing_and_knows_the_hours(files, capsys):
     result = sweep_command(TONES, str(files / 'six.py'), [], None, action='list')
-    # Fine-tunings of 100, 200 and 100 steps, a pre-training of 40, 10 seconds of audio a step
-    assert [run['audio_hours'] for run in result['runs']] == [round(4400 / 3600, 3)] * 6
+    # 3 fine-tunings of 100 steps and a pre-training of 40, 10 seconds of audio a step
+    assert [run['audio_hours'] for run in result['runs']] == [round(3400 / 3600, 3)] * 6
     assert [run['state'] for run in result['runs']] == ['waiting'] * 6
     out = capsys.readouterr().out
     assert '000-seed_0-peak_0.002' in out
-    assert '6 runs, 7.3 hours of training audio' in out
+    assert '6 runs, 5.7 hours of training audio' in out
     stub_sweep(files, 'six.py:0')
     listed = sweep_command(TONES, str(files / 'six.py'), [], str(files / 'runs'), action='list')
     assert [run['state'] for run in listed['runs']] == ['done'] * 2 + ['waiting'] * 4

@@ -167,7 +167,7 @@ def test_a_folder_of_another_config_is_named_with_the_fields(tmp_path):
     with pytest.raises(ConfigError) as error:
         placed(SEEDS, tmp_path, [('stages.teacher.steps', '99')])
     assert str(tmp_path / '000-seed_1') in str(error.value)
-    assert 'stages.teacher.steps: 200 -> 99' in str(error.value)
+    assert 'stages.teacher.steps: 100 -> 99' in str(error.value)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

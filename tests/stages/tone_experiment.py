@@ -41,7 +41,7 @@ def get_config(manifest: str) -> ml_collections.ConfigDict:
     config.stages = {
         'supervised': finetune(100, {'labelled': labelled}),
         'pretrain': pretrain(40),
-        'teacher': finetune(200, {'labelled': labelled}, init_from='pretrain') | TRANSDUCER,
+        'teacher': finetune(100, {'labelled': labelled}, init_from='pretrain'),
         'labels': {
             'kind': 'pseudo_label',
             'teacher': 'teacher',
@@ -93,20 +93,6 @@ def finetune(steps: int, sources: dict, init_from: str = '', eval_every: int = 0
         **schedule(steps),
     }
 
-
-# A teacher of another kind: what it writes is text, so any student can learn from it.
-TRANSDUCER = {
-    'objectives': {
-        'rnnt': {
-            'objective': 'rnnt',
-            'stream': 'mix',
-            'prediction_layers': 1,
-            'prediction_dim': 16,
-            'joint_dim': 32,
-            'ctc_weight': 0.5,
-        }
-    }
-}
 
 STREAM = {'batch_seconds': 10.0, 'num_buckets': 1, 'max_seconds': 4.0}
 
