@@ -389,9 +389,10 @@ def _add_transcribe(verbs: Any) -> None:
         verbs,
         'transcribe',
         'Transcribe audio files.  Any common kind, rate and length; one line of text a file.  An'
-        ' interrupted command with --output continues.',
+        ' interrupted command with --output continues.  Fields of a decoder set the search.',
         '  bigssl transcribe --checkpoint runs/quickstart/student hello.wav talk.flac\n'
-        '  bigssl transcribe --checkpoint runs/quickstart/student --output out.jsonl *.flac',
+        '  bigssl transcribe --checkpoint runs/quickstart/student --output out.jsonl *.flac \\\n'
+        '      --decoder.beam=8 --decoder.nbest=4 --decoder.ngram=a.arpa --decoder.ngram_weight=.3',
         _transcribe,
     )
     verb.add_argument(
@@ -419,7 +420,7 @@ def _transcribe(options: argparse.Namespace) -> Any:
 
     return transcribe_command(
         options.checkpoint, options.audio, options.output, options.window, options.overlap,
-        options.overwrite,
+        options.overwrite, options.overrides,
     )  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""Fields of an experiment's config set on the command line: `--config.stages.teacher.steps=500`."""
+"""Fields of a config set on the command line: `--config.stages.teacher.steps=500`.
+
+Of an experiment's config, or of a decoder's where there is no experiment: `--decoder.beam=8`.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,10 +13,10 @@ from ml_collections import config_flags
 
 from bigssl_jax.config import ConfigError, unknown_field
 
-# The verbs that read an experiment.
-VERBS = ('run', 'plan', 'sweep')
+# The verbs that have a config, and what it is called.
+VERBS = {'run': 'config', 'plan': 'config', 'sweep': 'config', 'transcribe': 'decoder'}
 
-_OVERRIDE = re.compile(r'--config\.(?P<path>[^=]+)(?P<value>=.*)?$', re.DOTALL)
+_OVERRIDE = re.compile(r'--(?P<config>config|decoder)\.(?P<path>[^=]+)(?P<value>=.*)?$', re.DOTALL)
 
 
 def collect_overrides(rest: Sequence[str], verb: str) -> list[tuple[str, str]]:
@@ -26,8 +29,8 @@ def collect_overrides(rest: Sequence[str], verb: str) -> list[tuple[str, str]]:
     words = list(rest)
     while words:
         word = words.pop(0)
-        match = _OVERRIDE.match(word) if verb in VERBS else None
-        if not match:
+        match = _OVERRIDE.match(word)
+        if not match or match['config'] != VERBS.get(verb):
             raise ValueError(f'unknown argument {word!r}; `bigssl {verb} --help` lists them')
         if match['value'] is not None:
             pairs.append((match['path'], match['value'][1:]))

@@ -14,8 +14,9 @@ from bigssl_jax.evaluation.wer import count_errors
 from bigssl_jax.parallel.distributed import batch_slice, is_primary
 from bigssl_jax.stages import artefacts
 from bigssl_jax.stages.context import Context
-from bigssl_jax.stages.model import load_model
-from bigssl_jax.stages.recognition import Recogniser
+from bigssl_jax.stages.model import Model, load_model
+from bigssl_jax.stages.recognition import Hypothesis, Recogniser
+from bigssl_jax.stages.tuning import tune
 
 
 def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -25,18 +26,17 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     fields = context.fields
     models = {name: load_model(context.workdir / name) for name in fields['models']}
+    recognisers = {name: _recogniser(context, model) for name, model in models.items()}
+    tuning = {name: report for name, (_, report) in recognisers.items() if report}
     scores: dict[str, Any] = {}
     comparisons = []
     outputs = {}
     for set_name in fields['sets']:
         lines: dict[str, list[dict[str, Any]]] = {}
-        for name, model in models.items():
+        for name, (recogniser, _) in recognisers.items():
             stream = one_pass(context.pass_config(set_name), *batch_slice(context.mesh))
-            lines[name] = transcribe_set(
-                Recogniser.of_model(model, context.mesh, DecoderConfig(**fields['decoder'])),
-                stream,
-                context.config['tokenizer']['normaliser'],
-            )
+            normaliser = context.config['tokenizer']['normaliser']
+            lines[name] = transcribe_set(recogniser, stream, normaliser)
         if not is_primary():
             continue
         scores[set_name] = {name: _score(context, lines[name]) for name in models}
@@ -63,7 +63,42 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
         for set_name, by_model in scores.items()
         for name, score in by_model.items()
     }
+    if tuning:
+        artefacts.write_json(context.directory / 'tuning.json', tuning)
+        results['tuned'] = {name: report['kept'] for name, report in tuning.items()}
     return outputs, results
+
+
+def _recogniser(context: Context, model: Model) -> tuple[Recogniser, dict[str, Any] | None]:
+    """A model's recogniser with the stage's decoder, tuned where the stage says so."""
+    search = DecoderConfig(**context.fields['decoder'])
+    recogniser = Recogniser.of_model(model, context.mesh, search, context.workdir)
+    grid = dict(context.fields['tune'])
+    selection = grid.pop('selection')
+    if not selection:
+        return recogniser, None
+    config, part = context.pass_config(selection), batch_slice(context.mesh)
+    normaliser = context.config['tokenizer']['normaliser']
+
+    def normalise(text: str) -> str:
+        return normalise_text(text, normaliser)
+
+    def hear(recogniser: Recogniser) -> list[Hypothesis]:
+        return _in_order(recogniser, one_pass(config, *part))
+
+    texts = one_pass(config, *part).sources[0].column('text')
+
+    def reference(heard: Hypothesis) -> str:
+        return normalise(texts[heard.utterance] or '')
+
+    tuned, report = tune(recogniser, search, hear, reference, normalise, grid)
+    return recogniser.searching(tuned), report
+
+
+def _in_order(recogniser: Recogniser, stream: Stream) -> list[Hypothesis]:
+    """All hypotheses of a stream, in the selection's order."""
+    with stream.batches(0) as batches:
+        return sorted(recogniser.recognise(batches), key=lambda h: h.utterance)
 
 
 def transcribe_set(recogniser: Recogniser, stream: Stream, normaliser: str) -> list[dict[str, Any]]:
@@ -71,8 +106,6 @@ def transcribe_set(recogniser: Recogniser, stream: Stream, normaliser: str) -> l
     source = stream.sources[0]
     ids, texts = source.column('id'), source.column('text')
     speakers = source.column('speaker')
-    with stream.batches(0) as batches:
-        found = sorted(recogniser.recognise(batches), key=lambda h: h.utterance)
     return [
         {
             'id': ids[h.utterance],
@@ -82,7 +115,7 @@ def transcribe_set(recogniser: Recogniser, stream: Stream, normaliser: str) -> l
             'speaker': speakers[h.utterance],
             'seconds': round(h.seconds, 3),
         }
-        for h in found
+        for h in _in_order(recogniser, stream)
     ]
 
 

@@ -10,6 +10,7 @@ from bigssl_jax.parallel.distributed import batch_slice
 from bigssl_jax.stages.context import Context
 from bigssl_jax.stages.evaluate import transcribe_set
 from bigssl_jax.stages.recognition import Recogniser
+from bigssl_jax.stages.search import load_models
 from bigssl_jax.stages.training_stage import run_training
 from bigssl_jax.training.state import TrainState
 from bigssl_jax.training.trainer import Trainer
@@ -22,6 +23,8 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     stream = one_pass(context.pass_config(context.fields['dev']), *batch_slice(context.mesh))
     tokenizer = Tokenizer(context.tokenizer_path)
     normaliser = context.config['tokenizer']['normaliser']
+    search = DecoderConfig(**context.fields['decoder'])
+    language_models = load_models(search, tokenizer, context.workdir, context.mesh)
 
     def evaluate(trainer: Trainer, state: TrainState) -> dict[str, float]:
         name = trainer.transcript_head()
@@ -35,7 +38,8 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
             state.constants['encoder'],
             tokenizer,
             context.mesh,
-            DecoderConfig(**context.fields['decoder']),
+            search,
+            language_models,
         )
         lines = transcribe_set(recogniser, stream, normaliser)
         references = [line['reference'] for line in lines]

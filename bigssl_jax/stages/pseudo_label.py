@@ -47,7 +47,9 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     mesh = context.mesh
     if process_count() > 1:
         mesh = local_mesh(context.config['compute']['mesh'])
-    recogniser = Recogniser.of_model(teacher, mesh, DecoderConfig(**fields['decoder']))
+    recogniser = Recogniser.of_model(
+        teacher, mesh, DecoderConfig(**fields['decoder']), context.workdir
+    )
     config = context.pass_config(fields['selection'], mesh)
     whole = one_pass(config)
     hours = sum(whole.sources[0].lengths[np.arange(len(whole.sources[0]))]) / 16000 / 3600

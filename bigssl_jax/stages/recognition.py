@@ -2,30 +2,57 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from bigssl_jax.audio import AudioConfig
 from bigssl_jax.data.tokenizer import Tokenizer
-from bigssl_jax.decoding import DecoderConfig, GreedyResult, greedy_ctc, greedy_transducer
+from bigssl_jax.decoding import DecoderConfig
+from bigssl_jax.decoding.beam_transducer import internal_lm_scores
+from bigssl_jax.decoding.fusion import Fusion, sequence_scores
+from bigssl_jax.decoding.nbest import NBest
 from bigssl_jax.decoding.words import Word, words
 from bigssl_jax.models import ConformerConfig, Encoder, attention_kernels
 from bigssl_jax.objectives import CTC, RNNT, EncoderCall
-from bigssl_jax.parallel import per_row, replicated, use_mesh
+from bigssl_jax.parallel import replicated, use_mesh
 from bigssl_jax.stages.model import Model
 from bigssl_jax.stages.schema import make_objective
+from bigssl_jax.stages.search import (
+    Head,
+    LanguageModels,
+    decoder_name,
+    load_models,
+    search_batch,
+)
 from bigssl_jax.training.loop import HOST_KEYS, to_devices
 from bigssl_jax.training.trainer import parameter_layout
 
 # What is told of the whole batch, also in a process that was given a slice of it.
 WHOLE_KEYS = ('its_sources', 'its_utterances', 'sample_counts')
-# Names of the searches; one changes whenever its results would.
-GREEDY_CTC, GREEDY_TRANSDUCER = 'greedy_ctc-1', 'greedy_transducer-1'
 GREEDY = DecoderConfig()
-Head = CTC | RNNT
+SCORED_AT_ONCE = 256  # hypotheses whose parts are computed by one call
+
+
+class Alternative(NamedTuple):
+    """One entry of an n-best list.
+
+    Attributes:
+      text: of the tokens.
+      tokens: int32 [U].
+      score: what the list is ranked by.
+      log_probability: log P(tokens | audio).
+      lm_score: what fusion added.
+    """
+
+    text: str
+    tokens: np.ndarray
+    score: float
+    log_probability: float
+    lm_score: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +65,10 @@ class Hypothesis:
       tokens, token_confidence, start_frames, end_frames: [U]; a frame is 40 ms.
       confidence: mean token confidence, in [0, 1].
       score: log-probability of the best path per token.
-      log_probability: of the best path.
+      log_probability: of the best path; of a beam search, of all its paths that were kept.
       frames: encoder frames.
       seconds: of audio.
+      alternatives: the n-best list of a beam search, this hypothesis first; () of a greedy one.
     """
 
     source: int
@@ -55,6 +83,7 @@ class Hypothesis:
     log_probability: float
     frames: int
     seconds: float
+    alternatives: tuple[Alternative, ...] = ()
 
     def words(self, tokenizer: Tokenizer, frame_seconds: float) -> list[Word]:
         """Words with confidences and times."""
@@ -77,6 +106,7 @@ class Recogniser:
       tokenizer: turns ids into text.
       mesh: devices.
       search: how hypotheses are searched for.
+      language_models: that `search` names.
     """
 
     def __init__(
@@ -89,24 +119,40 @@ class Recogniser:
         tokenizer: Tokenizer,
         mesh: jax.sharding.Mesh,
         search: DecoderConfig = GREEDY,
+        language_models: LanguageModels = LanguageModels(),
     ):
-        self._decode = decoder(encoder, audio, head, mesh, search)
-        self.decoder_name = decoder_name(head, search)
+        self._model = encoder, audio, head, params, constants, tokenizer, mesh
+        self._decode = decoder(encoder, audio, head, mesh, search.program)
+        self._head, self._encoder = head, encoder
+        self.decoder_name = decoder_name(head, search, language_models.hashes)
         self._params, self._constants, self._mesh = params, constants, mesh
-        self._tokenizer = tokenizer
+        self._tokenizer, self._search, self._language_models = tokenizer, search, language_models
+        self._fusion = jax.device_put(language_models.fusion(search), replicated(mesh))
 
     @classmethod
     def of_model(
-        cls, model: Model, mesh: jax.sharding.Mesh, search: DecoderConfig = GREEDY
+        cls,
+        model: Model,
+        mesh: jax.sharding.Mesh,
+        search: DecoderConfig = GREEDY,
+        workdir: pathlib.Path | None = None,
     ) -> 'Recogniser':
         """A finished model's recogniser; each device reads its own part of the parameters.
 
+        Args:
+          model: with a transcript head.
+          mesh: devices.
+          search: how hypotheses are searched for.
+          workdir: where the stages lie whose language models `search` names, if it names stages.
+
         Raises:
-          UserError: the model has no transcript head, or not the tokenizer of its training.
+          UserError: the model has no transcript head, or not the tokenizer of its training; a
+            language model is missing, damaged or of another tokenizer.
         """
         name = model.transcript_head()
         model.check_tokenizer()
         tokenizer = Tokenizer(model.tokenizer_path)
+        language_models = load_models(search, tokenizer, workdir, mesh)
         head = make_objective(model.heads[name], tokenizer.vocabulary_size, model.audio.num_mels)
         assert model.encoder is not None, model.directory  # a transcript head has one
         encoder = attention_kernels.portable(model.encoder, mesh.devices.flat[0].platform)
@@ -118,7 +164,12 @@ class Recogniser:
         )
         params = {'encoder': arrays['params']['encoder'], 'head': arrays['params']['heads'][name]}
         constants = jax.device_put(arrays['constants']['encoder'], replicated(mesh))
-        return cls(encoder, model.audio, head, params, constants, tokenizer, mesh, search)
+        parts = encoder, model.audio, head, params, constants, tokenizer, mesh
+        return cls(*parts, search, language_models)
+
+    def searching(self, search: DecoderConfig) -> 'Recogniser':
+        """The same model and language models with another search (the same models named)."""
+        return Recogniser(*self._model, search, self._language_models)
 
     def recognise(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[Hypothesis]:
         """Decodes batches; fillers are skipped, the rest comes in the order of the batches.
@@ -130,11 +181,55 @@ class Recogniser:
             with use_mesh(self._mesh):
                 named = {f'its_{key}': batch[key] for key in HOST_KEYS}
                 on_devices = to_devices({'': {**batch, **named}}, self._mesh)['']
-                result = self._decode(self._params, self._constants, on_devices)
-            host, frames, whole = jax.device_get(result)
+                result = self._decode(self._params, self._constants, self._fusion, on_devices)
+            found, frames, whole = jax.device_get(result)
             for row in range(len(frames)):
                 if whole['its_utterances'][row] >= 0:
-                    yield self._hypothesis(whole, host, frames, row)
+                    heard = self._hypothesis(whole, found.best, frames, row)
+                    others = self._alternatives(found.nbest, row)
+                    yield dataclasses.replace(heard, alternatives=others)
+
+    def fusion_parts(self, sequences: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """What each weight of a `FusionConfig` is multiplied with, for whole label sequences.
+
+        Args:
+          sequences: N token sequences.
+
+        Returns:
+          Name of the weight -> float64 [N]; weights whose model is not there are left out.
+        """
+        models = self._language_models
+        width = max(map(len, sequences), default=0)
+        columns: dict[str, list[np.ndarray]] = {'length_reward': []}
+        for first in range(0, len(sequences), SCORED_AT_ONCE):
+            chunk = sequences[first : first + SCORED_AT_ONCE]
+            tokens = np.zeros((SCORED_AT_ONCE, width), np.int32)
+            counts = np.zeros(SCORED_AT_ONCE, np.int32)
+            for row, sequence in enumerate(chunk):
+                tokens[row, : len(sequence)], counts[row] = sequence, len(sequence)
+            found = {'length_reward': counts}
+            with use_mesh(self._mesh):
+                for name in ('lm', 'ngram'):
+                    if (model := getattr(models, name)) is not None:
+                        found[f'{name}_weight'] = _score(model, tokens, counts)
+                if not isinstance(self._head, CTC):
+                    score = internal_scorer(self._head, self._encoder, self._mesh)
+                    found['internal_lm_weight'] = -score(self._params['head'], tokens, counts)
+            for name, column in found.items():
+                columns.setdefault(name, []).append(np.asarray(column)[: len(chunk)])
+        return {name: np.concatenate(rows).astype(np.float64) for name, rows in columns.items()}
+
+    def _alternatives(self, nbest: NBest | None, row: int) -> tuple[Alternative, ...]:
+        if nbest is None:
+            return ()
+        found = []
+        for rank in range(self._search.nbest):
+            if np.isfinite(nbest.scores[row, rank]):
+                tokens = nbest.tokens[row, rank, : nbest.token_counts[row, rank]]
+                text = self._tokenizer.decode(tokens.tolist())
+                scores = (nbest.scores, nbest.log_probability, nbest.lm_score)
+                found.append(Alternative(text, tokens, *(float(x[row, rank]) for x in scores)))
+        return tuple(found)
 
     def _hypothesis(
         self, batch: Mapping[str, np.ndarray], result: Any, frames: np.ndarray, row: int
@@ -168,7 +263,7 @@ def decoder(
     """One jitted decoder for every model of the same shape; every process has its results."""
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
-    def decode(params: Any, constants: Any, batch: Mapping[str, jax.Array]) -> Any:
+    def decode(params: Any, constants: Any, fusion: Fusion, batch: Mapping[str, jax.Array]) -> Any:
         call = EncoderCall(
             encoder=Encoder(encoder),
             params=params['encoder'],
@@ -176,35 +271,24 @@ def decoder(
             audio=audio,
             deterministic=True,
         )
-        result, mask = _search(call, params['head'], head, batch, search)
+        found, mask = search_batch(call, params['head'], head, batch, search, fusion)
         whole = {key: value for key, value in batch.items() if key in WHOLE_KEYS}
-        return result, mask.sum(axis=1), whole
+        return found, mask.sum(axis=1), whole
 
     return decode
 
 
-def decoder_name(head: Head, search: DecoderConfig) -> str:
-    """Names the search in the identity of what it wrote."""
-    if isinstance(head, CTC):
-        return GREEDY_CTC
-    return f'{GREEDY_TRANSDUCER} max_symbols={search.max_symbols}'
+_score = jax.jit(sequence_scores)
 
 
-def _search(
-    encode: EncoderCall,
-    params: Any,
-    head: Head,
-    batch: Mapping[str, jax.Array],
-    search: DecoderConfig,
-) -> tuple[GreedyResult, jax.Array]:
-    """Hypotheses of a batch, and the mask of the encoder's frames."""
-    scores, mask = head.predict(encode, params, batch)
-    if isinstance(head, CTC):
-        return greedy_ctc(scores, mask, head.blank_id), mask
+@functools.lru_cache(maxsize=16)
+def internal_scorer(
+    head: RNNT, encoder: ConformerConfig, mesh: jax.sharding.Mesh
+) -> Callable[..., Any]:
+    """(params of the head, tokens [N, U], counts [N]) -> internal-LM score [N], jitted."""
 
-    # Each device decodes its own rows: it waits for no other before it goes on to a next frame.
-    def decode_rows(rows: Mapping[str, jax.Array], params: Any) -> GreedyResult:
-        transducer = head.transducer(params, encode.dtype)
-        return greedy_transducer(rows['scores'], rows['mask'], transducer, search.max_symbols)
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def score(params: Any, tokens: jax.Array, counts: jax.Array) -> jax.Array:
+        return internal_lm_scores(head.transducer(params, encoder.dtype), tokens, counts)
 
-    return per_row(decode_rows, {'scores': scores, 'mask': mask}, params), mask
+    return score

@@ -18,10 +18,16 @@ from bigssl_jax.audio import AudioConfig, NoiseConfig, SpecAugmentConfig, SpeedC
 from bigssl_jax.config import ConfigError, choose, config_hash, merge, to_dict, unknown_field
 from bigssl_jax.data import selection as selection_lib
 from bigssl_jax.data.label_filters import check_filter
-from bigssl_jax.decoding import DecoderConfig
 from bigssl_jax.models import ConformerConfig
 from bigssl_jax.models.presets import NAMES, conformer
 from bigssl_jax.objectives import TRANSCRIPT, BestRQ, NextToken, Wav2Vec2
+from bigssl_jax.stages.decoder_fields import (
+    DECODER,
+    TUNE,
+    check_decoder,
+    file_hashes,
+    language_model_stages,
+)
 from bigssl_jax.stages.shared_encoder import encoder_identity, is_path
 from bigssl_jax.training.guard import GuardSettings
 from bigssl_jax.training.optimizers import ALGORITHMS, GROUP_DEFAULTS
@@ -103,9 +109,6 @@ SOURCE: dict[str, Any] = {'selection': '', 'labels': '', 'filter': None, 'weight
 
 OPTIMIZER: dict[str, Any] = {'groups': {}, 'clip_norm': 5.0, 'ema_decay': 0.0, 'micro_batches': 1}
 
-# How a finished model is listened to: dev scores, labels, tests.
-DECODER: dict[str, Any] = dataclasses.asdict(DecoderConfig())
-
 TRAINING: dict[str, Any] = {
     'kind': '',
     'steps': 1000,
@@ -177,10 +180,13 @@ KINDS: dict[str, dict[str, Any]] = {
         'sets': (),
         'compare': (),
         'decoder': DECODER,
+        'tune': TUNE,
         'batch_seconds': 128.0,
         'num_buckets': 6,
         'report_clips': 40,
     },
+    # An n-gram model over the tokenizer's pieces, of the transcripts of a selection.
+    'ngram': {'kind': '', 'selection': '', 'order': 4},
 }
 
 
@@ -208,8 +214,7 @@ def resolve(config: Any) -> dict[str, Any]:
     for name, fields in resolved['stages'].items():
         kind = choose(f'stages.{name}.kind', fields.get('kind'), KINDS)
         stages[name] = merge(f'stages.{name}', KINDS[kind], fields)
-        if 'decoder' in stages[name]:
-            _check_decoder(f'stages.{name}', stages[name]['decoder'])
+        check_decoder(f'stages.{name}', stages[name])
         if 'objectives' in KINDS[kind]:
             stages[name] = _training_stage(f'stages.{name}', stages[name])
         if kind == 'pseudo_label':
@@ -350,13 +355,6 @@ def _check_texts(field: str, source: Mapping[str, Any]) -> None:
         )
 
 
-def _check_decoder(stage: str, fields: Mapping[str, Any]) -> None:
-    try:
-        DecoderConfig(**fields)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace('decoder.', f'{stage}.decoder.')) from error
-
-
 def _check_filter(field: str, steps: Any, labels: str) -> None:
     """Refuses a bad filter now: a stream would meet it when the labels are made, hours later."""
     if steps is None:
@@ -454,6 +452,7 @@ def _uses(stage: Mapping[str, Any]) -> list[tuple[str, str, tuple[str, ...]]]:
     if not is_path(stage.get('init_from', '')):
         found.insert(0, ('init_from', stage.get('init_from'), ('pretrain', 'finetune')))
     found += [('models', name, ('finetune',)) for name in stage.get('models', ())]
+    found += language_model_stages(stage.get('decoder', {}))
     for stream_name, stream in stage.get('streams', {}).items():
         for name, source in stream['sources'].items():
             if source.get('labels', 'text') != 'text':
@@ -467,6 +466,8 @@ def _selections_of(stage: Mapping[str, Any]) -> list[tuple[str, str]]:
     found += [('sets', name) for name in stage.get('sets', ())]
     if stage.get('dev'):
         found.append(('dev', stage['dev']))
+    if stage.get('tune', {}).get('selection'):
+        found.append(('tune.selection', stage['tune']['selection']))
     for stream_name, stream in stage.get('streams', {}).items():
         for name, source in stream['sources'].items():
             if not source.get('texts'):
@@ -482,6 +483,8 @@ def identity_of(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
     if is_path(fields.get('init_from', '')):
         with_heads = bool(fields['init_heads'])
         fields['init_from'] = encoder_identity(stage, fields['init_from'], with_heads)
+    if 'decoder' in fields:
+        fields['decoder'] = fields['decoder'] | file_hashes(fields['decoder'])
     return {
         'stage': stage,
         'fields': fields,

@@ -8,6 +8,7 @@ A line is written as soon as its file and all before it are done.  With an outpu
 finds `FILE.partial`, keeps its lines and continues behind them.
 """
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -15,15 +16,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import ml_collections
 import numpy as np
 
-from bigssl_jax.config import UserError
+from bigssl_jax.config import ConfigError, UserError, config_hash
 from bigssl_jax.data.audio_blocks import AUDIO_SUFFIXES
 from bigssl_jax.data.tokenizer import Tokenizer
+from bigssl_jax.decoding import DecoderConfig
 from bigssl_jax.decoding.long_form import Joiner, Piece
 from bigssl_jax.decoding.words import words
+from bigssl_jax.overrides import apply_overrides
 from bigssl_jax.parallel import make_mesh
 from bigssl_jax.stages.audio_windows import RATE, AudioWindows, Windowing, one_ahead
+from bigssl_jax.stages.decoder_fields import file_hashes
 from bigssl_jax.stages.model import load_model
 from bigssl_jax.stages.recognition import Hypothesis, Recogniser
 from bigssl_jax.stages.transcript_file import TranscriptFile
@@ -48,6 +53,7 @@ def transcribe_command(
     window: float = WINDOW_SECONDS,
     overlap: float = OVERLAP_SECONDS,
     overwrite: bool = False,
+    decoder: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
     """Transcribes files and folders with a fine-tuned model.
 
@@ -60,6 +66,8 @@ def transcribe_command(
       window: seconds that the model hears at once; longer files are cut into overlapping windows.
       overlap: seconds that neighbouring windows share.
       overwrite: replaces an output file that is there.
+      decoder: fields of a DecoderConfig with their values as text.  With more than one hypothesis
+        asked for, lines of files that the model hears at once also have `alternatives`.
 
     Returns:
       {'files', 'failed', 'audio_seconds', 'rtfx'} and 'output', or without an output file
@@ -73,11 +81,18 @@ def transcribe_command(
     frame = round(model.audio.hop_ms * 4 * RATE / 1000)
     windowing = Windowing.of_seconds(window, overlap, frame)
     paths = list(dict.fromkeys(_files(audio)))
-    identity = {'model': model.hash, 'window': windowing.window, 'overlap': windowing.overlap}
     model.transcript_head()
+    search = search_of(decoder)
+    fields = dataclasses.asdict(search)
+    identity = {
+        'model': model.hash,
+        'window': windowing.window,
+        'overlap': windowing.overlap,
+        'decoder': config_hash(fields | file_hashes(fields)),
+    }
     with TranscriptFile(output, identity, [str(path) for path in paths], overwrite) as file:
         mesh = make_mesh({'data': -1})
-        recogniser = Recogniser.of_model(model, mesh)
+        recogniser = Recogniser.of_model(model, mesh, search)
         tokenizer = Tokenizer(model.tokenizer_path)
         reader = AudioWindows(paths[file.kept :], windowing, mesh.size)
         status = _Status(file, len(paths))
@@ -98,6 +113,23 @@ def transcribe_command(
         'rtfx': round(status.rtfx(), 2),
         **({'output': output} if file.on_disk else {'utterances': file.lines}),
     }
+
+
+def search_of(decoder: Sequence[tuple[str, str]]) -> DecoderConfig:
+    """The search that fields on the command line describe: any but `max_symbols` means a beam.
+
+    Raises:
+      ConfigError: an unknown field, or a value that it cannot have.
+    """
+    kind = 'beam' if {name for name, _ in decoder} - {'kind', 'max_symbols'} else 'greedy'
+    given = ml_collections.ConfigDict({'kind': kind})
+    defaults = dataclasses.asdict(DecoderConfig())
+    try:
+        return DecoderConfig(**apply_overrides(given, decoder, defaults).to_dict())
+    except ConfigError as error:
+        told = str(error).replace('unknown config field ', 'decoder.')
+        told = told.replace('config field ', '').replace('config.', 'decoder.')
+        raise ConfigError('--' + told.removeprefix('--')) from error
 
 
 class _Status:
@@ -163,6 +195,8 @@ def transcribe(
                 heard = recording.joiner.joined()
                 seconds = reader.samples[following] / RATE
                 line = _line(name, heard, seconds, tokenizer, pieces, frame / RATE)
+                if recording.alternatives:
+                    line['alternatives'] = recording.alternatives
             else:
                 return
             recordings.pop(following, None)
@@ -184,6 +218,8 @@ class _Recording:
 
     def __init__(self) -> None:
         self.joiner, self.count = Joiner(), 0
+        # The n-best list of a recording of one window, if more than one hypothesis was asked for.
+        self.alternatives: list[Line] = []
         self._waiting: dict[int, tuple[int, Hypothesis]] = {}
 
     def add(self, turn: int, first: int, hypothesis: Hypothesis) -> None:
@@ -192,6 +228,7 @@ class _Recording:
         while self.count in self._waiting:
             start, heard = self._waiting.pop(self.count)
             self.count += 1
+            self.alternatives = _alternatives(heard) if self.count == 1 else []
             piece = Piece(
                 np.asarray(heard.tokens),
                 np.asarray(heard.start_frames) + start,
@@ -199,6 +236,20 @@ class _Recording:
                 np.asarray(heard.token_confidence),
             )
             self.joiner.add(piece, start, start + heard.frames)
+
+
+def _alternatives(heard: Hypothesis) -> list[Line]:
+    if len(heard.alternatives) < 2:
+        return []
+    return [
+        {
+            'text': other.text,
+            'score': round(other.score, 4),
+            'log_probability': round(other.log_probability, 4),
+            'lm_score': round(other.lm_score, 4),
+        }
+        for other in heard.alternatives
+    ]
 
 
 def _line(

@@ -143,11 +143,10 @@ def test_the_folder_is_fused_with_a_recogniser_of_the_same_pieces(trained, text,
     assert model.encoder is None
     with pytest.raises(UserError, match='no transcript head'):
         model.transcript_head()
-    recogniser = types.SimpleNamespace(tokenizer=model.tokenizer, directory='teacher')
-    fused = load_language_model(trained.context.directory, recogniser, mesh)
     from bigssl_jax.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(model.tokenizer_path)
+    fused = load_language_model(trained.context.directory, tokenizer, mesh)
     likely, unlikely = (tokenizer.encode(t) for t in ('ab cab ba ab ba cab', 'ba ba cab cab ab ab'))
     tokens = np.zeros((2, 24), np.int32)
     tokens[0, : len(likely)], tokens[1, : len(unlikely)] = likely, unlikely
@@ -155,7 +154,7 @@ def test_the_folder_is_fused_with_a_recogniser_of_the_same_pieces(trained, text,
     scores = jax.jit(fusion.sequence_scores)(fused, tokens, counts)
     assert float(scores[0]) == pytest.approx(-5 * np.log(2), abs=0.8)
     assert float(scores[1]) < float(scores[0]) - 5
-    other = types.SimpleNamespace(tokenizer='0' * 64, directory='teacher')
+    other = types.SimpleNamespace(hash='0' * 64, path='teacher')
     with pytest.raises(UserError, match='another tokenizer .* than teacher .000000000000'):
         load_language_model(trained.context.directory, other, mesh)
 

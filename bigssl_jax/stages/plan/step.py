@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from bigssl_jax.config import ConfigError, UserError, choose
 from bigssl_jax.data import buckets
 from bigssl_jax.decoding import DecoderConfig
+from bigssl_jax.decoding.fusion import make_fusion
 from bigssl_jax.objectives import CTC
 from bigssl_jax.parallel import batch_sharding, replicated, use_mesh
 from bigssl_jax.parallel.layout import check_layout, landed
@@ -177,11 +178,16 @@ def _labelling_program(config: Mapping[str, Any], stage: str, mesh: Mesh) -> Pro
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh))
         for name, x in _statistics(teacher.audio.num_mels).items()
     }
+    # Without language models: what they would cost is not known before their stage has run.
+    fusion = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+        jax.eval_shape(make_fusion),
+    )
     streams = stage_batches(config, stage, mesh)
     batch = _abstract_batch(streams[stage], mesh)
     return Program(
-        function=decoder(teacher.encoder, teacher.audio, head, mesh, search),
-        arguments=(params, constants, batch),
+        function=decoder(teacher.encoder, teacher.audio, head, mesh, search.program),
+        arguments=(params, constants, fusion, batch),
         mesh=mesh,
         batches=streams,
         parameters=_count(params),
