@@ -22,17 +22,23 @@ from bigssl_jax.stages.tuning import tune
 
 HERE = pathlib.Path(__file__).parent
 BEAM = {'kind': 'beam', 'beam': 4, 'nbest': 4, 'ngram': 'trigrams', 'ngram_weight': 0.1}
+HEAD = {'prediction_layers': 1, 'prediction_dim': 16, 'joint_dim': 32, 'ctc_weight': 0.5}
+TRANSDUCER = {
+    'steps': 240,
+    'objectives': {'rnnt': {'objective': 'rnnt', 'stream': 'mix', **HEAD}},
+}
 GRID = {'ngram_weight': (0.0, 0.1, 0.3), 'length_reward': (0.0, 0.5)}
 
 
 @pytest.fixture
 def config(recipe):
-    """The tone experiment with an n-gram model and a tuned beam search at its end."""
+    """The tone experiment; at its end a transducer, an n-gram model and a tuned beam search."""
     config = config_lib.load(f'{HERE / "tone_experiment.py"}:{recipe.manifest}')
+    config.stages['rnnt'] = config.stages.supervised.to_dict() | TRANSDUCER
     config.stages['trigrams'] = {'kind': 'ngram', 'selection': 'labelled', 'order': 3}
     config.stages['beams'] = {
         'kind': 'evaluate',
-        'models': ('supervised', 'teacher'),
+        'models': ('supervised', 'rnnt'),
         'sets': ('test',),
         'decoder': dict(BEAM),
         'tune': {'selection': 'dev', **GRID},
@@ -40,30 +46,37 @@ def config(recipe):
         'num_buckets': 1,
         'report_clips': 0,
     }
-    config.recipe = (*config.recipe, 'trigrams', 'beams')
+    config.stages['greedy'] = {
+        **config.stages['beams'].to_dict(),
+        'models': ('rnnt',),
+        'decoder': {'kind': 'greedy'},
+        'tune': {},
+    }
+    config.recipe = (*config.recipe, 'rnnt', 'greedy', 'trigrams', 'beams')
     return config
 
 
 def test_a_tuned_beam_with_an_ngram_model_is_no_worse_than_greedy(finished, config, tmp_path):
     workdir = tmp_path / 'run'
     shutil.copytree(finished.workdir, workdir)
-    assert run_recipe(config, workdir)['ran'] == ['trigrams', 'beams']
+    assert run_recipe(config, workdir)['ran'] == ['rnnt', 'greedy', 'trigrams', 'beams']
     assert (workdir / 'trigrams' / 'model.arpa').read_text().startswith('\\data\\')
     tuning = json.loads((workdir / 'beams' / 'tuning.json').read_text())
     done = json.loads((workdir / 'beams' / 'done.json').read_text())
-    beams, greedy = (
+    beams, *greedy = (
         json.loads((workdir / name / 'scores.json').read_text())['test']
-        for name in ('beams', 'evaluate')
+        for name in ('beams', 'evaluate', 'greedy')
     )
-    for name in ('supervised', 'teacher'):
+    for name, without in zip(('supervised', 'rnnt'), greedy, strict=True):
         report = tuning[name]
         assert report['points'] == 6 and report['oracle_wer'] <= report['list_wer']
         assert report['list_wer'] <= report['start_wer']
         holds = report['verified_wer'] <= report['start_wer']
         assert report['kept'] == (report['found'] if holds else report['start'])
         assert done['results']['tuned'][name] == report['kept']
-        assert beams[name]['cer']['value'] <= greedy[name]['cer']['value'] + 0.02
-    assert set(tuning['teacher']['found']) - set(tuning['supervised']['found']) == {
+        assert beams[name]['cer']['value'] <= without[name]['cer']['value'] + 0.02
+    assert beams['rnnt']['cer']['value'] < 0.2
+    assert set(tuning['rnnt']['found']) - set(tuning['supervised']['found']) == {
         'internal_lm_weight'
     }
     assert run_recipe(config, workdir)['ran'] == []

@@ -66,6 +66,7 @@ class Levels:
             end_frames=starts + 1,
             token_confidence=np.full(len(starts), 0.5, np.float32),
             frames=frames,
+            alternatives=(),
         )
 
 
