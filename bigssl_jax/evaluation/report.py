@@ -114,15 +114,15 @@ def render(run: Run, audio: Callable[[str, str], bytes | None] | None, limits: L
 
 def result_charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Per test set: WER and CER of every model with its interval; a model keeps its colour."""
-    models = list(dict.fromkeys(row.model for row in rows))
+    models = list(dict.fromkeys(row.name for row in rows))
     charts = []
     for name in dict.fromkeys(row.set for row in rows):
         chosen = [row for row in rows if row.set == name]
         pictures = {}
         for measure in ('wer', 'cer'):
             values = [
-                Interval(row.model, score['value'], score['low'], score['high'],
-                         models.index(row.model) % MAX_SERIES)
+                Interval(row.name, score['value'], score['low'], score['high'],
+                         models.index(row.name) % MAX_SERIES)
                 for row in chosen
                 if (score := getattr(row, measure))['value'] is not None
             ]  # fmt: skip

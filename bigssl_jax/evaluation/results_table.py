@@ -17,11 +17,15 @@ from bigssl_jax.evaluation.workdir import Run, read_json, read_run
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One model on one test set; `wer` and `cer` as in scores.json."""
+    """One model on one test set; `wer` and `cer` as in scores.json.
+
+    `name` is the model, or stage/model where several stages of the run scored models.
+    """
 
     stage: str
     set: str
     model: str
+    name: str
     wer: Mapping[str, Any]
     cer: Mapping[str, Any]
     utterances: int
@@ -58,8 +62,10 @@ def result_table(workdir: str | os.PathLike | Run) -> list[Row]:
     """
     run = workdir if isinstance(workdir, Run) else read_run(workdir)
     rows = []
+    scored = {stage.name: read_json(stage.directory / 'scores.json') or {} for stage in run.stages}
+    several = sum(map(bool, scored.values())) > 1
     for stage in run.stages:
-        scores = read_json(stage.directory / 'scores.json') or {}
+        scores = scored[stage.name]
         sets = [*stage.fields.get('sets', ()), *sorted(scores)]
         for set_name in sorted(scores, key=sets.index):
             models = scores[set_name]
@@ -69,8 +75,9 @@ def result_table(workdir: str | os.PathLike | Run) -> list[Row]:
                 score = models[model]
                 best = len(models) > 1 and score['wer']['value'] == min(rates, default=None)
                 rows.append(
-                    Row(stage.name, set_name, model, score['wer'], score['cer'],
-                        score['utterances'], best)
+                    Row(stage.name, set_name, model,
+                        f'{stage.name}/{model}' if several else model,
+                        score['wer'], score['cer'], score['utterances'], best)
                 )  # fmt: skip
     return rows
 
@@ -93,7 +100,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     for row in rows:
         rate = percent(row.wer['value'])
         cells = (
-            _cell(row.set), _cell(row.model), f'**{rate}**' if row.best else rate,
+            _cell(row.set), _cell(row.name), f'**{rate}**' if row.best else rate,
             percent_interval(row.wer), percent(row.cer['value']), percent_interval(row.cer),
             f'{row.utterances:,}', f'{row.wer["words"]:,}',
         )  # fmt: skip
@@ -132,7 +139,7 @@ def print_result_table(workdir: str | os.PathLike | Run) -> list[Row]:
     for number, row in enumerate(rows):
         follows = number + 1 < len(rows) and rows[number + 1].set == row.set
         table.add_row(
-            Text(row.set), Text(row.model), _rate_text(row.wer), _rate_text(row.cer),
+            Text(row.set), Text(row.name), _rate_text(row.wer), _rate_text(row.cer),
             f'{row.utterances:,}', style='bold' if row.best else '', end_section=not follows,
         )  # fmt: skip
     console.print(table)

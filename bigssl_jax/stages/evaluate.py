@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from bigssl_jax.data.corpus import Corpus
@@ -13,6 +14,7 @@ from bigssl_jax.evaluation.score import compare_texts, score_texts
 from bigssl_jax.evaluation.wer import count_errors
 from bigssl_jax.parallel.distributed import batch_slice, is_primary
 from bigssl_jax.stages import artefacts
+from bigssl_jax.stages.comparisons import read_hypotheses
 from bigssl_jax.stages.context import Context
 from bigssl_jax.stages.model import Model, load_model
 from bigssl_jax.stages.recognition import Hypothesis, Recogniser
@@ -40,15 +42,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
         if not is_primary():
             continue
         scores[set_name] = {name: _score(context, lines[name]) for name in models}
-        for first, second in fields['compare']:
-            comparisons.append(
-                {
-                    'set': set_name,
-                    'first': first,
-                    'second': second,
-                    **_compare(context, lines[first], lines[second]),
-                }
-            )
+        comparisons += _comparisons(context, set_name, lines)
         path = context.directory / f'hypotheses-{set_name}.jsonl'
         write_lines(path, [{'model': name, **line} for name in models for line in lines[name]])
         outputs[path.name] = artefacts.file_hash(path)
@@ -132,11 +126,20 @@ def _score(context: Context, lines: list[dict[str, Any]]) -> dict[str, Any]:
     return score_texts(references, texts, speakers, context.config['seed'])
 
 
-def _compare(
-    context: Context, first: list[dict[str, Any]], second: list[dict[str, Any]]
-) -> dict[str, Any]:
-    references, texts, speakers = _columns(first)
-    return compare_texts(references, texts, _columns(second)[1], speakers, context.config['seed'])
+def _comparisons(
+    context: Context, set_name: str, lines: Mapping[str, list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    found = []
+    for pair in context.fields['compare']:
+        first, second = (
+            lines[name] if name in lines else read_hypotheses(context.workdir, name, set_name)
+            for name in pair
+        )
+        references, texts, speakers = _columns(first)
+        others = _columns(second)[1]
+        test = compare_texts(references, texts, others, speakers, context.config['seed'])
+        found.append({'set': set_name, 'first': pair[0], 'second': pair[1], **test})
+    return found
 
 
 def write_lines(path: Any, lines: list[dict[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from bigssl_jax.data.label_filters import check_filter
 from bigssl_jax.models import ConformerConfig
 from bigssl_jax.models.presets import NAMES, conformer
 from bigssl_jax.objectives import TRANSCRIPT, BestRQ, NextToken, Wav2Vec2
+from bigssl_jax.stages.comparisons import check_compare, other_stages
 from bigssl_jax.stages.decoder_fields import (
     DECODER,
     TUNE,
@@ -414,9 +415,8 @@ def _check_references(config: Mapping[str, Any]) -> None:
                 )
         for field, selection in _selections_of(config['stages'][name]):
             _must_exist(f'stages.{name}.{field}', selection, selections)
-        for pair in config['stages'][name].get('compare', ()):
-            for model in pair:
-                _must_exist(f'stages.{name}.compare', model, config['stages'][name]['models'])
+        if 'compare' in config['stages'][name]:
+            check_compare(name, config['stages'])
         if not config['tokenizer']['selection'] and _has_labels(config['stages'][name]):
             raise ConfigError(
                 f'config field tokenizer.selection is not set, but stages.{name} learns from'
@@ -452,6 +452,7 @@ def _uses(stage: Mapping[str, Any]) -> list[tuple[str, str, tuple[str, ...]]]:
     if not is_path(stage.get('init_from', '')):
         found.insert(0, ('init_from', stage.get('init_from'), ('pretrain', 'finetune')))
     found += [('models', name, ('finetune',)) for name in stage.get('models', ())]
+    found += [('compare', name, ('evaluate',)) for name in other_stages(stage)]
     found += language_model_stages(stage.get('decoder', {}))
     for stream_name, stream in stage.get('streams', {}).items():
         for name, source in stream['sources'].items():

@@ -12,6 +12,7 @@ import pytest
 from bigssl_jax import config as config_lib
 from bigssl_jax.config import ConfigError, UserError
 from bigssl_jax.decoding import DecoderConfig
+from bigssl_jax.evaluation.results_table import result_table
 from bigssl_jax.objectives import CTC, RNNT
 from bigssl_jax.stages import schema
 from bigssl_jax.stages.recipe import run_recipe
@@ -42,12 +43,14 @@ def config(recipe):
         'sets': ('test',),
         'decoder': dict(BEAM),
         'tune': {'selection': 'dev', **GRID},
+        'compare': (('greedy/rnnt', 'rnnt'),),
         'batch_seconds': 32.0,
         'num_buckets': 1,
         'report_clips': 0,
     }
     config.stages['greedy'] = {
         **config.stages['beams'].to_dict(),
+        'compare': (),
         'models': ('rnnt',),
         'decoder': {'kind': 'greedy'},
         'tune': {},
@@ -79,6 +82,12 @@ def test_a_tuned_beam_with_an_ngram_model_is_no_worse_than_greedy(finished, conf
     assert set(tuning['rnnt']['found']) - set(tuning['supervised']['found']) == {
         'internal_lm_weight'
     }
+    (test,) = json.loads((workdir / 'beams' / 'comparisons.json').read_text())
+    assert (test['first'], test['second']) == ('greedy/rnnt', 'rnnt')
+    difference = beams['rnnt']['wer']['value'] - greedy[1]['rnnt']['wer']['value']
+    assert test['wer']['difference'] == pytest.approx(difference)
+    named = [row.name for row in result_table(workdir)]
+    assert named[-3:] == ['greedy/rnnt', 'beams/supervised', 'beams/rnnt']
     assert run_recipe(config, workdir)['ran'] == []
 
 
@@ -89,6 +98,10 @@ def test_a_tuned_beam_with_an_ngram_model_is_no_worse_than_greedy(finished, conf
         ('decoder', {**BEAM, 'ngram': 'bigrams'}, "needs stage 'bigrams', which is not before it"),
         ('decoder', {**BEAM, 'beam': 2}, 'stages.beams.decoder.nbest is 4, but'),
         ('decoder', {'kind': 'greedy'}, "tuning also needs decoder.kind 'beam'"),
+        ('compare', (('greedy/ctc', 'rnnt'),), "compare is 'greedy/ctc', which is not defined"),
+        ('compare', (('beams/rnnt', 'rnnt'),), "needs stage 'beams', which is not before it"),
+        ('compare', (('labels/rnnt', 'rnnt'),), 'a pseudo_label stage; it must name a evaluate'),
+        ('compare', ('rnnt',), "has 'rnnt'; each entry is a pair of models"),
         ('tune', {'selection': 'dev'}, 'tuning also needs'),
         ('tune', {**GRID}, 'but tune.selection names no selection'),
         ('tune', {'selection': 'dew', **GRID}, "tune.selection is 'dew', which is not defined"),
