@@ -96,7 +96,8 @@ sys.path.insert(0, {here!r})
 import jax, numpy as np
 from test_plan import experiment
 from bigssl_jax.audio import AudioConfig
-from bigssl_jax.parallel import make_mesh, use_mesh
+from bigssl_jax.decoding.fusion import make_fusion
+from bigssl_jax.parallel import make_mesh, replicated, use_mesh
 from bigssl_jax.stages import recognition, schema
 from bigssl_jax.stages.plan import step
 from bigssl_jax.stages.training_stage import make_trainer
@@ -145,7 +146,8 @@ head = trainer.objectives['ctc']
 params = {{'encoder': state.params['encoder'], 'head': state.params['heads']['ctc']}}
 with use_mesh(mesh):
     real = recognition.decoder(trainer.encoder, trainer.audio, head, mesh).lower(
-        params, state.constants['encoder'], to_devices({{'': batch(False)}}, mesh)[''])
+        params, state.constants['encoder'], jax.device_put(make_fusion(), replicated(mesh)),
+        to_devices({{'': batch(False)}}, mesh)[''])
 compare('labels', real)
 print(json.dumps(found))
 """
@@ -380,7 +382,7 @@ def compiler(monkeypatch):
     """In the compiler's place: (bytes it would need of a program, given its rows) is put in."""
 
     def install(needed):
-        def compiled(program, limit, cache):
+        def compiled(program, limit, cache, effort):
             wanted = needed(program, max(batch.rows for batch in program.batches.values()))
             fits = wanted <= limit
             memory = compilation.Memory(0, 0, 0, 0, 0, wanted) if fits else None
@@ -400,17 +402,25 @@ def test_the_largest_batch_is_named_by_the_fields_that_make_it(tmp_path, compile
     assert set(largest.changes) == {'stages.labels.batch_seconds'}
 
 
+def test_a_language_model_that_is_not_counted_is_told(tmp_path):
+    with_lm = {'kind': 'beam', 'ngram': 'some.arpa', 'ngram_weight': 0.3}
+    config = schema.resolve(experiment())
+    assert not any('language model' in text for text in price.assumptions(config, 'labels'))
+    config['stages']['labels']['decoder'] |= with_lm
+    assert any('language model' in text for text in price.assumptions(config, 'labels'))
+
+
 def test_remedies_are_the_mildest_changes_of_each_kind_that_fit(tmp_path, compiler, monkeypatch):
     """A compiler for which every policy keeps half of the last one, and pieces divide the rest."""
     kept, asked = {'none': 8, 'dots': 4, 'block': 2, 'full': 1}, question(tmp_path, 'teacher')
     asked = asked.change({'encoder.remat': 'none'})
     compile_real = price.Question.compile
 
-    def compile_noted(self, program, what):
+    def compile_noted(self, program, what, effort):
         share = kept[self.config['encoder']['remat']]
         share /= self.config['stages']['teacher']['optimizer']['micro_batches']
         compiler(lambda program, rows: int(0.9 * GIB * share * rows / 8))
-        return compile_real(self, program, what)
+        return compile_real(self, program, what, effort)
 
     monkeypatch.setattr(price.Question, 'compile', compile_noted)
     assert not price.plan_question(asked).fits

@@ -106,6 +106,6 @@ def _with_options(question: Question, made: Plan) -> Plan:
     """The plan with the largest batch that fits, or with remedies when it does not fit itself."""
     if not made.fits:
         return dataclasses.replace(made, remedies=remedies(question))
-    largest = find_largest(question)
+    largest = find_largest(question, made)
     assert largest is not None, 'the configured batch fits'
     return dataclasses.replace(made, largest=largest[0])

@@ -1,7 +1,7 @@
 """What else would fit: the largest batch, remedies for a plan that does not fit, the best of all.
 
-Each of these is a change of the config that the user could have written, compiled like the plan
-itself; nothing is extrapolated into an answer.
+Each of these is a change of the config that the user could have written, and compiled; nothing is
+extrapolated into an answer.  The compiler only drafts them, but for the best of a search.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Any
 from bigssl_jax.config import UserError
 from bigssl_jax.models.config import REMAT
 from bigssl_jax.parallel import batch_parts
+from bigssl_jax.stages.plan.compilation import DRAFT
 from bigssl_jax.stages.plan.price import (
     Largest,
     Plan,
@@ -32,12 +33,12 @@ from bigssl_jax.stages.plan.step import is_training, largest_stream, row_changes
 MOST_MICRO_BATCHES = 16
 
 
-def find_largest(question: Question, start: int = 0) -> tuple[Largest, Question] | None:
+def find_largest(question: Question, made: Plan | None = None) -> tuple[Largest, Question] | None:
     """The largest batch that fits, to an eighth; None if the smallest does not fit.
 
     Args:
       question: its own batch is where the search starts.
-      start: multiples of the mesh's rows to start from instead; 0: the config's.
+      made: its plan, if there is one and it fits.
     """
     mesh = question.mesh()
     stream = largest_stream(question.config, question.stage, mesh)
@@ -47,7 +48,8 @@ def find_largest(question: Question, start: int = 0) -> tuple[Largest, Question]
         rows = units * stream.multiple
         return question.attempt(changes, f'a batch of {rows:,} x {stream.seconds:g} s', units)
 
-    low, high = bracket(attempt, start or stream.units)
+    known = Attempt(stream.units, True, made.needed, made.limit) if made else None
+    low, high = bracket(attempt, stream.units, known)
     if low is None:
         return None
     rows = low.units * stream.multiple
@@ -191,10 +193,18 @@ def search(question: Question, progress: Callable[[int, int, str], None]) -> lis
         changes = _changes_of(candidate, question)
         largest = find_largest(question.change(changes))
         if largest is not None:
-            made = plan_question(largest[1])
+            made = plan_question(largest[1], DRAFT)
             found.append(Found({**changes, **largest[0].changes}, made))
+    found.sort(key=lambda item: -item.speed)
+    while found:
+        progress(len(candidates), len(candidates), 'the best')
+        made = plan_question(question.change(found[0].changes))
+        if made.fits:
+            found[0] = Found(found[0].changes, made)
+            break
+        found.pop(0)  # a draft that was too hopeful
     progress(len(candidates), len(candidates), 'done')
-    return sorted(found, key=lambda item: -item.speed)
+    return found
 
 
 def mesh_text(axes: Mapping[str, int]) -> str:

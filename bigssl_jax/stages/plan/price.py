@@ -20,7 +20,7 @@ from bigssl_jax.parallel import make_mesh
 from bigssl_jax.parallel.collectives import ideal_fsdp_bytes
 from bigssl_jax.parallel.cost import Flops, Roofline, count_flops, roofline
 from bigssl_jax.parallel.topologies import Topology
-from bigssl_jax.stages.plan.compilation import Compiled, Memory, compile_program
+from bigssl_jax.stages.plan.compilation import DRAFT, FULL, Compiled, Memory, compile_program
 from bigssl_jax.stages.plan.search import Attempt
 from bigssl_jax.stages.plan.step import (
     ASSUMED_VOCABULARY,
@@ -53,7 +53,7 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Largest:
-    """The largest batch that fits, compiled, and the next one, refused.
+    """The largest batch that fits, drafted (see `compilation.DRAFT`), and the next one, refused.
 
     Attributes:
       rows: of the global batch of the largest stream.
@@ -223,19 +223,19 @@ class Question:
         """The stage's program on that mesh."""
         return stage_program(self.config, self.stage, self.mesh())
 
-    def compile(self, program: Program, what: str) -> Compiled:
+    def compile(self, program: Program, what: str, effort: float) -> Compiled:
         """Compiles, or finds what was measured before."""
         self.report(f'{self.stage} on {self.where.name}: {what}')
-        return compile_program(program, device_limit(self.where), self.cache)
+        return compile_program(program, device_limit(self.where), self.cache, effort)
 
     def attempt(self, changes: Mapping[str, Any], what: str, units: int = 0) -> Attempt:
-        """Compiles with some changes; arguments that alone do not fit are refused without."""
+        """Drafts with some changes; arguments that alone do not fit are refused without."""
         question = self.change(changes)
         program = question.program()
         held = sum(program.parts.values())
         if held > device_limit(self.where):
             return Attempt(units, False, held, device_limit(self.where))
-        found = question.compile(program, what)
+        found = question.compile(program, what, DRAFT)
         return Attempt(units, found.fits, found.needed, found.available, (question, found))
 
 
@@ -244,15 +244,20 @@ def device_limit(where: Topology) -> int:
     return where.chip.hbm_bytes // where.chip.devices_per_chip
 
 
-def plan_question(question: Question) -> Plan:
+def plan_question(question: Question, effort: float = FULL) -> Plan:
     """The plan of a stage as it is configured.
+
+    Args:
+      question: what is planned.
+      effort: of the compiler.
 
     Raises:
       ConfigError, DataError: the mesh does not match the topology, the batch or the parameters.
     """
     program = question.program()
     fields = question.config['stages'][question.stage]
-    found = question.compile(program, f'compiling {program.parameters / 1e6:,.0f} M parameters')
+    what = f'compiling {program.parameters / 1e6:,.0f} M parameters'
+    found = question.compile(program, what, effort)
     model, hardware = step_flops(question, program)
     where = question.where
     traffic = link_traffic(question, program, found)
@@ -407,6 +412,9 @@ def assumptions(
         found.append(f'the tokenizer has {ASSUMED_VOCABULARY} ids; its texts will decide')
     if turns > 1:
         found.append(f'the search makes {turns:,} moves: one a frame, one a label of the longest')
+    decoder = config['stages'][stage].get('decoder', {})
+    if config['stages'][stage]['kind'] == 'pseudo_label' and (decoder['lm'] or decoder['ngram']):
+        found.append('the search listens to no language model: what it costs is not counted')
     if unread:
         found.append(
             'HBM and links take no time, because this jaxlib cannot read the compiled program'

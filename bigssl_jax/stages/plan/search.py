@@ -1,9 +1,9 @@
 """Which batch fits, what would make a plan fit, and the best of batch x remat x mesh.
 
 A compilation that does not fit fails within seconds and says how much it wanted; one that fits
-takes minutes for a large model.  So every search here asks for too much rather than too little: it
-places the next attempt by a line through what the last two wanted, and stops when the largest batch
-that fits and the smallest that does not are an eighth apart.
+takes a minute or more for a large model.  So every search here asks for too much rather than too
+little: it places the next attempt by a line through what the last two wanted, and stops when the
+largest batch that fits and the smallest that does not are an eighth apart.
 
 Nothing in this file compiles: it is given a function that does.
 """
@@ -35,21 +35,19 @@ class Attempt:
     result: Any = None
 
 
-def largest_batch(attempt: Callable[[int], Attempt], start: int) -> Attempt | None:
-    """The largest batch that fits, to an eighth of itself; None if even one unit does not.
+def bracket(
+    attempt: Callable[[int], Attempt], start: int, fits: Attempt | None = None
+) -> tuple[Attempt | None, Attempt | None]:
+    """(the largest batch that fits, to an eighth of itself; the smallest that was seen not to).
 
     Args:
       attempt: compiles a batch of so many units.
       start: the first to try, such as the configured one.
+      fits: what is known to fit instead; `start` is then not tried.
     """
-    return bracket(attempt, start)[0]
-
-
-def bracket(attempt: Callable[[int], Attempt], start: int) -> tuple[Attempt | None, Attempt | None]:
-    """(the largest batch that fits, the smallest that was seen not to), as `largest_batch`."""
-    low: Attempt | None = None
+    low: Attempt | None = fits
     high: Attempt | None = None
-    units = max(1, start)
+    units = _next(low, high, bisect=False) if low else max(1, start)
     for number in range(_MOST_ATTEMPTS):
         tried = attempt(units)
         low, high = (tried, high) if tried.fits else (low, tried)
