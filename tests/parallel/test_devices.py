@@ -18,6 +18,7 @@ import pytest
 GROUPS = {
     'rnnt': {'objectives': ('rnnt',), 'dropout': 0.1, 'runs': (('1x1x1', 1), ('2x2x2', 1))},
     'pieces': {'objectives': ('hat',), 'dropout': 0.0, 'runs': (('1x1x4', 1), ('2x1x1', 2))},
+    'text': {'objectives': ('next_token',), 'dropout': 0.1, 'runs': (('1x1x1', 1), ('2x2x2', 1))},
     'split': {'objectives': ('ctc',), 'dropout': 0.1, 'runs': (('8x1x1', 1), ('1x8x1', 1))},
     'all': {
         'objectives': ('best_rq', 'wav2vec2', 'ctc', 'rnnt', 'hat'),
@@ -26,7 +27,7 @@ GROUPS = {
     },
 }
 SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
-EVERY = ['rnnt', *(pytest.param(name, marks=SLOW) for name in ('pieces', 'split', 'all'))]
+EVERY = ['rnnt', *(pytest.param(name, marks=SLOW) for name in ('pieces', 'split', 'text', 'all'))]
 # What is compared is the partitioning; code generation may be quick.
 FLAGS = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 
@@ -48,10 +49,14 @@ OBJECTIVES = {
              **DECODER},
     'ctc': {'objective': 'ctc', 'stream': 's'},
     'hat': {'objective': 'hat', 'stream': 's', 'prediction': 'stateless', **DECODER},
+    'next_token': {'objective': 'next_token', 'stream': 's', 'model_dim': 32},
 }
 
 
 def config(objectives, micro_batches, dropout):
+    kind, source = 'pretrain', {'selection': 'all', 'labels': 'text'}
+    if objectives == ['next_token']:
+        kind, source = 'language_model', {'selection': 'all'}
     return schema.resolve({
         'seed': 1,
         'corpora': {'c': {'manifest': 'none'}},
@@ -62,10 +67,10 @@ def config(objectives, micro_batches, dropout):
                     'kernel_size': 5, 'subsampling_channels': (4, 8), 'num_mels': 40,
                     'dropout': dropout},
         'stages': {'all': {
-            'kind': 'pretrain',
+            'kind': kind,
             'objectives': {name: OBJECTIVES[name] for name in objectives},
-            'streams': {'s': {'sources': {'all': {'selection': 'all', 'labels': 'text'}}}},
-            'spec_augment': {'freq_width': 8},
+            'streams': {'s': {'sources': {'all': source}}},
+            **({'spec_augment': {'freq_width': 8}} if kind == 'pretrain' else {}),
             'optimizer': {'micro_batches': micro_batches, 'ema_decay': 0.9},
         }},
     })
@@ -81,7 +86,8 @@ def batch(step):
     labels = rng.integers(3, VOCABULARY, (ROWS, 6)).astype(np.int32)
     return {'audio': audio.astype(np.int16), 'sample_counts': counts,
             'rows': np.arange(ROWS, dtype=np.int32), 'labels': labels,
-            'label_counts': np.where(counts > 0, 6, 0).astype(np.int32)}
+            'label_counts': np.where(counts > 0, 6, 0).astype(np.int32),
+            'word_counts': np.where(counts > 0, 2, 0).astype(np.int32)}
 
 STATISTICS = {'feature_mean': np.full(40, 10, np.float32),
               'feature_std': np.full(40, 3, np.float32)}
@@ -90,7 +96,7 @@ def run(mesh_name, objectives, micro_batches, dropout):
     sizes = dict(zip(('data', 'fsdp', 'tensor'), map(int, mesh_name.split('x'))))
     mesh = make_mesh(sizes, jax.devices()[:np.prod(list(sizes.values()))])
     trainer = make_trainer(config(objectives, micro_batches, dropout), 'all', mesh, VOCABULARY)
-    state = trainer.make_state(STATISTICS)
+    state = trainer.make_state(STATISTICS if trainer.encoder else {})
     split = [x for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated]
     found = {
         'params': fingerprint(state.params), 'constants': fingerprint(state.constants),
@@ -160,7 +166,7 @@ def test_the_state_lies_after_a_step_as_before_so_nothing_compiles_twice(group):
 def test_the_second_step_follows_from_an_update(group):
     first, second = found(group)[0]['losses']
     assert set(first) == set(GROUPS[group]['objectives'])
-    for name in set(first) & {'ctc', 'rnnt', 'hat'}:
+    for name in set(first) & {'ctc', 'rnnt', 'hat', 'next_token'}:
         assert second[name] != pytest.approx(first[name], rel=1e-3)
 
 
