@@ -14,7 +14,13 @@ from ml_collections import config_flags
 from bigssl_jax.config import ConfigError, unknown_field
 
 # The verbs that have a config, and what it is called.
-VERBS = {'run': 'config', 'plan': 'config', 'sweep': 'config', 'transcribe': 'decoder'}
+VERBS = {
+    'run': 'config',
+    'label': 'config',
+    'plan': 'config',
+    'sweep': 'config',
+    'transcribe': 'decoder',
+}
 
 _OVERRIDE = re.compile(r'--(?P<config>config|decoder)\.(?P<path>[^=]+)(?P<value>=.*)?$', re.DOTALL)
 

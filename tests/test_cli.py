@@ -10,11 +10,11 @@ import time
 import ml_collections
 import pytest
 
-from bigssl_jax import cli
+from bigssl_jax import cli, verbs
 from bigssl_jax.config import ConfigError
 from bigssl_jax.overrides import apply_overrides
 
-VERBS = ('run', 'sweep', 'plan', 'prepare', 'inspect', 'transcribe', 'score', 'report')
+VERBS = ('run', 'label', 'sweep', 'plan', 'prepare', 'inspect', 'transcribe', 'score', 'report')
 FIELDS = {
     'seed': 0,
     'recipe': ('a', 'b'),
@@ -230,7 +230,7 @@ def test_score_prints_a_table_and_writes_json(tmp_path):
 
 
 def test_json_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, '_report', lambda options: {})
+    monkeypatch.setattr(verbs, '_report', lambda options: {})
     assert cli.main(['report', 'x', '--json', str(tmp_path / 'no' / 'x.json')]) == 2
     assert 'no/x.json' in capsys.readouterr().err
 
@@ -239,7 +239,7 @@ def run_with(monkeypatch, error: BaseException) -> int:
     def verb(options):
         raise error
 
-    monkeypatch.setattr(cli, '_report', verb)
+    monkeypatch.setattr(verbs, '_report', verb)
     return cli.main(['report', 'x'])
 
 
@@ -256,13 +256,13 @@ def test_exit_codes(monkeypatch, capsys):
 
 def test_sigterm_unwinds_and_exits_with_143():
     code = (
-        'import os, signal, sys, time; from bigssl_jax import cli\n'
+        'import os, signal, sys, time; from bigssl_jax import cli, verbs\n'
         'def verb(options):\n'
         '    try:\n'
         '        os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)\n'
         '    finally:\n'
         '        print("closed", flush=True)\n'
-        'cli._report = verb\n'
+        'verbs._report = verb\n'
         'sys.exit(cli.main(["report", "x"]))\n'
     )
     done = subprocess.run(

@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     'data': {'config'},
     'stages': _MODEL | {'objectives', 'decoding', 'training', 'evaluation', 'data'},
     'exits': {'config', 'training'},
-    'cli': _BOTTOM | {'exits', 'stages', 'training', 'evaluation', 'data'},
+    'verbs': _BOTTOM | {'stages', 'evaluation', 'data'},
+    'cli': _BOTTOM | {'exits', 'verbs', 'stages', 'training', 'evaluation', 'data'},
     '__init__': set(),
     '__main__': {'cli'},
 }

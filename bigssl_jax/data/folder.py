@@ -8,8 +8,10 @@ holder dies, so that no stale lock can ever stand in the way.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 
@@ -17,12 +19,14 @@ from bigssl_jax.data.errors import DataError
 
 LOCK = '.lock'
 TEMPORARY = '.tmp'
+# How file systems without hard links refuse one.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @contextlib.contextmanager
 def atomic_path(path: str) -> Iterator[str]:
     """Yields a temporary name to write to; at the end of the block it becomes `path`."""
-    temporary = f'{path}.{os.getpid()}{TEMPORARY}'
+    temporary = _temporary(path)
     try:
         yield temporary
         _sync(temporary)
@@ -32,6 +36,43 @@ def atomic_path(path: str) -> Iterator[str]:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+
+
+def create_atomically(path: str, content: bytes) -> bool:
+    """Writes a file that is there complete or not at all, and never over another one.
+
+    Of several that create the same file, on any hosts, one wins; the others' content is dropped.
+
+    Returns:
+      Whether the file is this one.
+    """
+    temporary = _temporary(path)
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(content)
+        _sync(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            # A mounted bucket: two that come here in the same instant are not told apart, and the
+            # later one's file, just as complete, is the one that stays.
+            if os.path.exists(path):
+                return False
+            os.replace(temporary, path)
+        _sync(os.path.dirname(path) or '.')
+        return True
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def _temporary(path: str) -> str:
+    """A name beside `path` that no other process chooses, on this host or another."""
+    return f'{path}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}'
 
 
 def write_atomically(path: str, content: bytes) -> None:

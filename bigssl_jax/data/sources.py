@@ -110,10 +110,11 @@ class Source:
         assert self.label_values is not None and self.label_offsets is not None
         return self.label_values[self.label_offsets[row] : self.label_offsets[row + 1]]
 
-    def column(self, name: str) -> list:
-        """A metadata column of the corpus for all rows of the selection, in order."""
+    def column(self, name: str, rows: np.ndarray | None = None) -> list:
+        """A metadata column of the corpus for rows of the selection; default: all, in order."""
         values = self.corpus.column(name)
-        return (values if self.rows is None else values.take(self.rows)).to_pylist()
+        wanted = self.rows if rows is None else self.corpus_rows(rows)
+        return (values if wanted is None else values.take(wanted)).to_pylist()
 
 
 def open_source(

@@ -114,6 +114,16 @@ def one_pass(
     config = resolve(config)
     sources = _open_sources(config)
     shapes = _shapes(config, sources, np.array([len(s) for s in sources], float))
+    return _pass(sources, shapes, host, num_hosts, part)
+
+
+def _pass(
+    sources: list[Source],
+    shapes: '_Shapes',
+    host: int,
+    num_hosts: int,
+    part: tuple[int, int] | None,
+) -> 'Stream':
     ranges = [_part_range(len(s), part) for s in sources]
     plan = PassPlan([s.lengths for s in sources], shapes.bounds, shapes.sizes, ranges)
     return Stream(sources, shapes, plan, host, num_hosts, ('pass', part))
@@ -269,7 +279,7 @@ class Stream:
                 f'stream.multiple_of must be a multiple of the {num_hosts} hosts:'
                 f' batch sizes are {shapes.sizes}'
             )
-        self.sources, self.plan = sources, plan
+        self.sources, self.plan, self._shapes = sources, plan, shapes
         self.host, self.num_hosts = host, num_hosts
         self.shapes = shapes.shapes()
         self.padding_fraction = shapes.padding
@@ -286,6 +296,10 @@ class Stream:
         if self.num_batches is None:
             raise TypeError('an endless stream has no length')
         return self.num_batches
+
+    def part(self, index: int, count: int) -> 'Stream':
+        """The `index`-th of `count` parts of a finite pass, as `one_pass(part=)` gives it."""
+        return _pass(self.sources, self._shapes, self.host, self.num_hosts, (index, count))
 
     def shape_of(self, k: int) -> tuple[int, int, int]:
         """(B, S, U) of global batch k."""

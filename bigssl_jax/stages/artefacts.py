@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pathlib
+import secrets
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +28,8 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     Raises:
       UserError: the folder cannot be written.
     """
-    temporary = path.with_name(f'.{path.name}.tmp')
+    # A name that no other process chooses: workers may write the same file.
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open('w') as file:
@@ -36,6 +38,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise UserError(f'cannot write {path}: {error.strerror or error}') from error
 
 
@@ -125,7 +128,8 @@ def check(directory: pathlib.Path, identity: Mapping[str, Any]) -> None:
 
 def _is_empty(directory: pathlib.Path) -> bool:
     """Whether a stage that began in `directory` left nothing that follows from its config."""
-    return {path.name for path in directory.iterdir()} <= {'stage.json', 'elapsed.json'}
+    names = {path.name for path in directory.iterdir() if path.suffix != '.tmp'}
+    return names <= {'stage.json', 'elapsed.json'}
 
 
 def read_done(directory: pathlib.Path) -> dict[str, Any] | None:

@@ -1,43 +1,39 @@
 """A teacher writes what it hears in audio without transcripts.
 
 The selection is cut into parts; each part becomes one Parquet file, written atomically, and the
-set becomes visible when all are there.  The teacher hears the audio as it is: no augmentation.
-Where the corpus happens to know the truth, `quality.json` says how good the labels are; the truth
-is never used for anything else.
+set becomes visible when all are there and have been read back.  The teacher hears the audio as it
+is: no augmentation.  Where the corpus happens to know the truth, `quality.json` says how good the
+labels are; the truth is never used for anything else.
 
-Several processes share the parts out, and each labels its own with a teacher on its own devices:
-nobody waits for anybody until all parts are there.
+Any number of workers share the parts out by the ledger of the set (data/label_ledger.py): the
+processes of a run, and those that `bigssl label` starts beside it.  Each labels with a teacher on
+its own devices; nobody waits for anybody until all that is left is in others' hands.
 """
 
+import sys
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from bigssl_jax.config import UserError, config_hash
 from bigssl_jax.data.label_filters import filter_labels, keep_mask
+from bigssl_jax.data.label_ledger import Ledger
 from bigssl_jax.data.label_sets import LabelSet, LabelWriter
+from bigssl_jax.data.label_work import complete
 from bigssl_jax.data.stream import Stream, one_pass
 from bigssl_jax.data.text import normalise_text
 from bigssl_jax.decoding import DecoderConfig
 from bigssl_jax.evaluation.confidence import label_quality
-from bigssl_jax.parallel.distributed import (
-    WORK_SECONDS,
-    from_primary,
-    gather,
-    is_primary,
-    local_mesh,
-    process_count,
-    process_index,
-)
+from bigssl_jax.parallel.distributed import is_primary, local_mesh, process_count
+from bigssl_jax.parallel.watchdog import Watchdog
 from bigssl_jax.stages import artefacts
 from bigssl_jax.stages.context import Context
 from bigssl_jax.stages.model import load_model
 from bigssl_jax.stages.recognition import Hypothesis, Recogniser
 from bigssl_jax.training.metrics import Progress
 from bigssl_jax.training.signals import Stopped
-
-PART_HOURS = 1.0
 
 
 def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -50,45 +46,36 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     recogniser = Recogniser.of_model(
         teacher, mesh, DecoderConfig(**fields['decoder']), context.workdir
     )
-    config = context.pass_config(fields['selection'], mesh)
-    whole = one_pass(config)
-    hours = sum(whole.sources[0].lengths[np.arange(len(whole.sources[0]))]) / 16000 / 3600
-    num_parts = max(1, round(hours / PART_HOURS))
+    whole = one_pass(context.pass_config(fields['selection'], mesh))
+    source = whole.sources[0]
+    num_parts = max(1, round(source.samples / 16000 / 3600 / fields['part_hours']))
     key = {
         'teacher': teacher.hash,
         'decoder': recogniser.decoder_name,
         # What is heard, not where it lies: a moved workdir keeps its labels.
-        'config': config_hash({'selection': whole.sources[0].identity, 'parts': num_parts}),
+        'config': config_hash({'selection': source.identity, 'parts': num_parts}),
     }
-    writer = LabelWriter(context.directory / 'labels', key, num_parts)
-    started, heard = time.monotonic(), 0.0
-    progress = Progress(context.name, num_parts, unit='part')
-    # The first process says what is missing: another may already be writing its first part.
-    missing = from_primary(f'{context.name}: missing', writer.missing())
+    directory = context.directory / 'labels'
+    writer = LabelWriter(directory, key, num_parts, _tell)
+    ledger = Ledger(directory, fields['lease_seconds'])
     with context.watchdog() as watchdog:
-        for part in missing[process_index() :: process_count()]:
-            if context.stop.requested:
-                raise Stopped(
-                    f'{context.name} stopped before part {part}; the same command continues'
-                )
-            stream = one_pass(config, part=(part, num_parts))
-            found = []
-            with stream.batches(0) as batches:
-                for hypothesis in recogniser.recognise(batches):
-                    found.append(hypothesis)
-                    watchdog.feed()
-            writer.write(part, _columns(sorted(found, key=lambda h: h.utterance), stream))
-            heard += sum(h.seconds for h in found)
-            rtfx = heard / (time.monotonic() - started)
-            progress.show(part + 1, None, rtfx, PART_HOURS * 3600)
-    heard = sum(gather(f'{context.name}: seconds', heard, WORK_SECONDS))
+        worker = _Worker(context, recogniser, whole, writer, watchdog)
+        labels = complete(
+            writer,
+            ledger,
+            worker.make,
+            worker.look,
+            provenance={'teacher': str(fields['teacher']), 'decoder': recogniser.decoder_name},
+            num_rows=len(source),
+        )
     if not is_primary():
         return {}, {}
-    labels = writer.finish({'teacher': str(fields['teacher']), 'decoder': recogniser.decoder_name})
+    writer.unverified()  # reads what other workers have entered
     results = {
         'utterances': labels.num_rows,
         'hours': round(labels.hours, 3),
-        'rtfx': round(heard / max(time.monotonic() - started, 1e-9), 1),
+        'workers': len({(r['worker']['host'], r['worker']['pid']) for r in writer.records}),
+        **_speed(writer.records),
         **kept_labels(labels, fields['filter']),
     }
     quality = measure_quality(context, labels, whole)
@@ -98,10 +85,71 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     return {'labels': labels.fingerprint, 'rows': labels.num_rows}, results
 
 
+class _Worker:
+    """This process's share of a label set."""
+
+    def __init__(
+        self,
+        context: Context,
+        recogniser: Recogniser,
+        whole: Stream,
+        writer: LabelWriter,
+        watchdog: Watchdog,
+    ):
+        self._context, self._recogniser, self._whole = context, recogniser, whole
+        self._writer, self._watchdog = writer, watchdog
+        self._progress = Progress(context.name, writer.num_parts, unit='part')
+        self._begun: tuple[float, int] | None = None  # when, and what was verified by then
+        self._shown = 0
+
+    def make(self, part: int) -> dict[str, Any]:
+        """The labels of one part, in the order of the selection."""
+        stream = self._whole.part(part, self._writer.num_parts)
+        with stream.batches(0) as batches:
+            found = list(self._recogniser.recognise(self._watched(batches)))
+        return {'columns': _columns(sorted(found, key=lambda h: h.utterance), stream)}
+
+    def look(self, verified: int) -> None:
+        """Shows how far all workers are together; raises Stopped when asked to stop."""
+        self._stop_if_asked()
+        now = time.monotonic()
+        if self._begun is None:
+            self._begun, self._shown = (now, verified), verified
+        began, before = self._begun
+        seconds = self._whole.sources[0].samples / 16000 / self._writer.num_parts
+        rate = (verified - before) * seconds / max(now - began, 1e-9)
+        if verified > self._shown:
+            self._shown = verified
+            self._progress.show(verified, None, rate, seconds)
+
+    def _watched(self, batches: Any) -> Iterator[Mapping[str, np.ndarray]]:
+        for batch in batches:
+            self._stop_if_asked()
+            yield batch
+
+    def _stop_if_asked(self) -> None:
+        self._watchdog.feed()
+        if self._context.stop.requested:
+            raise Stopped(f'{self._context.name} stopped; the same command continues')
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _speed(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of audio that a worker labelled in a second, over all parts and workers."""
+    timed = [r for r in records if r['work_seconds'] > 0]
+    if not timed:
+        return {}
+    rate = sum(r['seconds'] for r in timed) / sum(r['work_seconds'] for r in timed)
+    return {'rtfx': round(rate, 1)}
+
+
 def _columns(found: list[Hypothesis], stream: Stream) -> dict[str, list]:
-    ids = stream.sources[0].column('id')
+    rows = np.array([h.utterance for h in found], np.int64)
     return {
-        'id': [ids[h.utterance] for h in found],
+        'id': stream.sources[0].column('id', rows),
         'text': [h.text for h in found],
         'tokens': [h.tokens for h in found],
         'score': [h.log_probability for h in found],

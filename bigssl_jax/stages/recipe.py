@@ -66,7 +66,7 @@ def run_recipe(
     workdir = pathlib.Path(workdir).absolute()
     wanted = wanted_stages(resolved, stages)
     _check_same({'config': config_hash(resolved), '--stages': wanted, '--workdir': str(workdir)})
-    contexts = {name: _check(resolved, workdir, name) for name in wanted}
+    contexts = {name: check_folder(resolved, workdir, name) for name in wanted}
     if is_primary():
         artefacts.write_json(
             workdir / 'config.json',
@@ -126,7 +126,7 @@ def wanted_stages(config: Mapping[str, Any], stages: Sequence[str] | None) -> li
     return [name for name in recipe if not stages or name in stages]
 
 
-def _check(config: Mapping[str, Any], workdir: pathlib.Path, name: str) -> dict[str, Any]:
+def check_folder(config: Mapping[str, Any], workdir: pathlib.Path, name: str) -> dict[str, Any]:
     """Refuses a folder of another config, and a shared encoder that does not fit."""
     check_shared_encoder(config, name)
     artefacts.check(workdir / name, schema.identity_of(config, name))
@@ -193,7 +193,7 @@ def _run_stage(given: Mapping[str, Any]) -> None:
     context = Context(config, name, workdir, given['mesh'], given['stop'], given['later'])
     inputs = {}
     if is_primary():
-        inputs = {} if name == 'prepare' else _inputs(context)
+        inputs = {} if name == 'prepare' else inputs_of(context)
         artefacts.claim(context.directory, context.identity)
     barrier(f'{name} begins')
     kind = 'prepare' if name == 'prepare' else context.fields['kind']
@@ -208,12 +208,12 @@ def _run_stage(given: Mapping[str, Any]) -> None:
         if is_primary():
             artefacts.write_json(context.directory / 'elapsed.json', {'seconds': round(seconds, 1)})
     if is_primary():
-        _write_done(context, kind, inputs, outputs, results, seconds)
+        write_done(context, kind, inputs, outputs, results, seconds)
     barrier(f'{name} ends', WORK_SECONDS)
     say(f'{name}: done in {clock(seconds)}')
 
 
-def _write_done(
+def write_done(
     context: Context,
     kind: str,
     inputs: Mapping[str, str],
@@ -221,6 +221,7 @@ def _write_done(
     results: Mapping[str, Any],
     seconds: float,
 ) -> None:
+    """Marks a stage as finished."""
     artefacts.write_json(
         context.directory / 'done.json',
         {
@@ -237,7 +238,8 @@ def _write_done(
     )
 
 
-def _inputs(context: Context) -> dict[str, str]:
+def inputs_of(context: Context) -> dict[str, str]:
+    """Hashes of what a stage is made from; ConfigError when some of it is not finished."""
     try:
         return context.input_hashes()
     except RuntimeError as error:

@@ -29,6 +29,7 @@ from bigssl_jax.stages.decoder_fields import (
     file_hashes,
     language_model_stages,
 )
+from bigssl_jax.stages.label_fields import FREE, PSEUDO_LABEL, check_labelling
 from bigssl_jax.stages.shared_encoder import encoder_identity, is_path
 from bigssl_jax.training.guard import GuardSettings
 from bigssl_jax.training.optimizers import ALGORITHMS, GROUP_DEFAULTS
@@ -165,15 +166,7 @@ KINDS: dict[str, dict[str, Any]] = {
     'pretrain': TRAINING,
     'finetune': TRAINING,
     'language_model': LANGUAGE_MODEL,
-    'pseudo_label': {
-        'kind': '',
-        'teacher': '',
-        'selection': '',
-        'filter': None,
-        'decoder': DECODER,
-        'batch_seconds': 128.0,
-        'num_buckets': 6,
-    },
+    'pseudo_label': PSEUDO_LABEL,
     'evaluate': {
         'kind': '',
         'models': (),
@@ -219,6 +212,7 @@ def resolve(config: Any) -> dict[str, Any]:
         if 'objectives' in KINDS[kind]:
             stages[name] = _training_stage(f'stages.{name}', stages[name])
         if kind == 'pseudo_label':
+            check_labelling(f'stages.{name}', stages[name])
             _check_filter(f'stages.{name}.filter', stages[name]['filter'], name)
     resolved['stages'] = stages
     compute = resolved['compute']
@@ -479,7 +473,8 @@ def _selections_of(stage: Mapping[str, Any]) -> list[tuple[str, str]]:
 def identity_of(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """Everything that a stage's result follows from: its fields, the shared ones, its inputs."""
     shared = ('seed', 'audio', 'encoder', 'tokenizer', 'statistics', 'corpora', 'selections')
-    fields = {} if stage == 'prepare' else dict(config['stages'][stage])
+    given = {} if stage == 'prepare' else config['stages'][stage]
+    fields = {name: value for name, value in given.items() if name not in FREE}
     upstream = upstream_of(fields)
     if is_path(fields.get('init_from', '')):
         with_heads = bool(fields['init_heads'])

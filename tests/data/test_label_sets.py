@@ -44,7 +44,7 @@ def hashes(directory):
     return {
         p.name: hashlib.sha256(p.read_bytes()).hexdigest()
         for p in pathlib.Path(directory).iterdir()
-        if not p.name.endswith('.tmp')
+        if p.is_file() and not p.name.endswith('.tmp')
     }
 
 
@@ -115,8 +115,6 @@ def test_damage_is_found(tmp_path):
     path.write_bytes(content[:-20])
     with pytest.raises(DataError, match='part-00001-of-00004.parquet has .* bytes'):
         LabelSet.open(tmp_path)
-    with pytest.raises(DataError, match='damaged or not a part of a label set'):
-        LabelWriter(tmp_path, KEY, 4).missing()
     path.write_bytes(content[:30] + b'\xff' + content[31:])
     with pytest.raises(DataError, match='has changed'):
         labels.verify()
@@ -134,7 +132,7 @@ def test_columns_are_checked(tmp_path):
         writer.write(0, {**good, 'logits': [1] * 10})
     with pytest.raises(DataError, match='differ in length'):
         writer.write(0, {**good, 'id': ['x']})
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.rglob('*')] == ['ledger']
 
 
 @pytest.fixture

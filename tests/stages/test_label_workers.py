@@ -1,0 +1,115 @@
+"""`bigssl label`: workers that know nothing of each other, and one label set."""
+
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from bigssl_jax.config import ConfigError, UserError
+from bigssl_jax.stages import schema
+from bigssl_jax.stages.label import label_command
+
+HERE = pathlib.Path(__file__).parent
+PARTS = ('--config.stages.labels.part_hours=0.004', '--config.stages.labels.lease_seconds=20')
+
+
+@pytest.fixture
+def config(tmp_path):
+    from bigssl_jax import config as config_lib
+
+    return config_lib.load(f'{HERE / "tone_experiment.py"}:{tmp_path / "manifest.jsonl"}')
+
+
+def test_a_teacher_that_is_not_finished_is_named(config, tmp_path):
+    for stage in (None, 'labels'):
+        with pytest.raises(ConfigError, match="labels: stage 'prepare' is not finished; run it"):
+            label_command(config, tmp_path / 'run', stage)
+    assert not (tmp_path / 'run' / 'labels').exists()
+
+
+def test_stages_that_are_no_labels_are_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"--stage 'teacher' is no pseudo_label .* are labels$"):
+        label_command(config, tmp_path, 'teacher')
+    config.recipe = ('supervised',)
+    with pytest.raises(ConfigError, match='has no pseudo_label stage; its stages are supervised'):
+        label_command(config, tmp_path, None)
+
+
+def test_a_teacher_of_another_config_is_refused(config, tmp_path):
+    (tmp_path / 'teacher').mkdir()
+    identity = schema.identity_of(schema.resolve(config), 'teacher')
+    identity['fields']['steps'] = 7
+    (tmp_path / 'teacher' / 'stage.json').write_text(json.dumps(identity))
+    (tmp_path / 'teacher' / 'done.json').write_text('{}')
+    with pytest.raises(UserError, match='made by another config .*steps: 7 -> 100'):
+        label_command(config, tmp_path, None)
+
+
+@pytest.mark.parametrize('field', ['part_hours', 'lease_seconds'])
+def test_numbers_must_be_above_zero(config, field):
+    config.stages.labels[field] = 0.0
+    with pytest.raises(ConfigError, match=f'stages.labels.{field} is 0.0; it must be above 0'):
+        schema.resolve(config)
+
+
+def test_the_lease_is_not_part_of_what_labels_follow_from(config):
+    before = schema.identity_of(schema.resolve(config), 'labels')
+    config.stages.labels.lease_seconds = 5.0
+    assert schema.identity_of(schema.resolve(config), 'labels') == before
+    config.stages.labels.part_hours = 2.0
+    assert schema.identity_of(schema.resolve(config), 'labels') != before
+
+
+def with_teacher(finished, workdir: pathlib.Path) -> pathlib.Path:
+    """A copy of the finished run without its labels and what was made from them."""
+    ignored = shutil.ignore_patterns('labels', 'student', 'evaluate', 'report.html')
+    return shutil.copytree(finished.workdir, workdir, ignore=ignored)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_workers_and_a_run_make_one_set_though_one_of_them_is_killed(recipe, finished, tmp_path):
+    alone, many = (with_teacher(finished, tmp_path / name) for name in ('alone', 'many'))
+
+    def start(verb: str, workdir: pathlib.Path, *words: str) -> subprocess.Popen:
+        command = [verb if word == 'run' else word for word in recipe.command(workdir, *words)]
+        return subprocess.Popen(
+            [*command, *PARTS],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=HERE.parents[1],
+            env=recipe.environment(),
+        )
+
+    ended = start('label', alone)
+    said, _ = ended.communicate(timeout=300)
+    assert ended.returncode == 0, said
+    assert 'labels: part 6/6' in said and 'audio/s' in said
+
+    killed = start('label', many, '--stage', 'labels')
+    limit = time.monotonic() + 200
+    while not list(many.glob('labels/labels/ledger/*.claim-0001')):
+        assert killed.poll() is None and time.monotonic() < limit
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    workers = [start('label', many), start('label', many), start('run', many, '--stages', 'labels')]
+    said = [worker.communicate(timeout=300)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0, 0], said
+    killed.communicate()
+
+    done = [json.loads((w / 'labels' / 'done.json').read_text()) for w in (alone, many)]
+    for field in ('outputs', 'inputs', 'identity'):
+        assert done[0][field] == done[1][field]
+    for result in ('utterances', 'hours', 'kept_hours', 'filter', 'label_wer'):
+        assert done[0]['results'][result] == done[1]['results'][result]
+    files = [
+        {p.name: p.read_bytes() for p in (w / 'labels' / 'labels').iterdir() if p.is_file()}
+        for w in (alone, many)
+    ]
+    assert len(files[0]) == 7 and files[0] == files[1]
+    assert not list(many.rglob('*.claim-*'))
