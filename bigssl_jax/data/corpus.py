@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bigssl_jax.data.errors import DataError
+from bigssl_jax.data.errors import BadAudio, DataError
 
 FORMAT = 'bigssl-corpus-1'
 HEADER_BYTES = 12  # length and its checksum
@@ -154,7 +154,7 @@ class Corpus:
         return self._columns[name]
 
     def read(self, row: int) -> np.ndarray:
-        """The samples of one utterance, int16 [S]; DataError names a damaged shard and row."""
+        """The samples of one utterance, int16 [S]; BadAudio names a damaged shard and row."""
         if not 0 <= row < self.num_rows:
             raise IndexError(f'row {row} of a corpus with {self.num_rows} rows')
         size = HEADER_BYTES + 2 * int(self.sample_counts[row]) + FOOTER_BYTES
@@ -164,7 +164,10 @@ class Corpus:
                 file.seek(int(self.offset_of[row]))
                 payload = unframe_record(_read_exactly(file, size))
         except (OSError, ValueError) as error:
-            raise DataError(f'{path}: row {row} cannot be read: {error}') from None
+            reason = {FileNotFoundError: 'missing', ShardEnds: 'truncated'}.get(type(error))
+            detail = getattr(error, 'strerror', None) or error
+            detail = f'row {row} cannot be read: {detail}'
+            raise BadAudio(reason or 'unreadable', detail, path) from None
         return np.frombuffer(payload, '<i2').astype(np.int16, copy=False)
 
     def verify(self, deep: bool = False) -> None:
@@ -195,6 +198,10 @@ class Corpus:
                 yield f'{file["file"]} has changed (sha256)'
 
 
+class ShardEnds(ValueError):
+    """A shard is shorter than its index says."""
+
+
 def read_corpus_json(directory: str) -> dict[str, Any] | None:
     """The content of corpus.json, None when it does not exist, DataError when it is damaged."""
     path = os.path.join(directory, 'corpus.json')
@@ -222,7 +229,7 @@ def _read_exactly(file, size: int) -> bytes:
     while size:
         part = file.read(size)
         if not part:
-            raise ValueError('the shard ends before the record does')
+            raise ShardEnds('the shard ends before the record does')
         parts.append(part)
         size -= len(part)
     return parts[0] if len(parts) == 1 else b''.join(parts)

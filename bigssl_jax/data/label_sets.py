@@ -216,7 +216,7 @@ class LabelWriter:
             for name in table['id'].to_pylist():
                 ids.update(name.encode() + b'\0')
             seconds += float(table['seconds'].to_numpy().sum(dtype=np.float64))
-            quarantine += _quarantine_of(table)
+            quarantine += _quarantine_of(table.schema)
             parts.append({'file': os.path.basename(self.path(part)), **entry})
         if damaged:
             raise DamagedParts(f'{self.directory}: parts {damaged[:8]} were damaged')
@@ -241,6 +241,15 @@ class LabelWriter:
             content = json.dumps(record, indent=1, sort_keys=True)
             write_atomically(os.path.join(self.directory, 'labels.json'), content.encode())
         return LabelSet.open(self.directory)
+
+    def quarantine(self) -> list[dict[str, str]]:
+        """Utterances without a label of the parts that `unverified` last found verified."""
+        found: list[dict[str, str]] = []
+        for part, record in sorted(self._records.items()):
+            if record['quarantined']:
+                with contextlib.suppress(FileNotFoundError):  # being set aside
+                    found += _quarantine_of(pq.read_schema(self.path(part)))
+        return found
 
     def write_quarantine(self, entries: Sequence[Mapping[str, str]]) -> None:
         """Writes quarantine.jsonl, one line an utterance without a label; removes it for none."""
@@ -275,7 +284,7 @@ class LabelWriter:
         self._records[part] = {
             'part': part,
             **entry,
-            'quarantined': len(_quarantine_of(table)),
+            'quarantined': len(_quarantine_of(table.schema)),
             'seconds': float(table['seconds'].to_numpy().sum(dtype=np.float64)),
             'key': self.key,
             'work_seconds': 0.0,
@@ -430,8 +439,8 @@ def _check_columns(table: pa.Table) -> None:
         raise ValueError(f'it lacks the column {lacking[0]!r}')
 
 
-def _quarantine_of(table: pa.Table) -> list[dict[str, str]]:
-    return json.loads((table.schema.metadata or {}).get(_QUARANTINE, b'[]'))
+def _quarantine_of(schema: pa.Schema) -> list[dict[str, str]]:
+    return json.loads((schema.metadata or {}).get(_QUARANTINE, b'[]'))
 
 
 def count_reasons(entries: Sequence[Mapping[str, str]]) -> dict[str, int]:

@@ -21,12 +21,12 @@ A batch is a dict of numpy arrays (B rows of this host, S samples, U labels):
     utterances     int32 [B]      row in that source; -1 = filler
 """
 
-import collections
-import concurrent.futures
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,15 +34,14 @@ import numpy as np
 from bigssl_jax import config as config_lib
 from bigssl_jax.config import ConfigError
 from bigssl_jax.data import buckets as buckets_lib
-from bigssl_jax.data.errors import DataError
+from bigssl_jax.data.batch_iterator import Batch, BatchIterator
+from bigssl_jax.data.errors import BadAudio, DataError
 from bigssl_jax.data.order import ORDER_VERSION, SEGMENT_SIZE, Order
 from bigssl_jax.data.plan import Members, PassPlan, StreamPlan
 from bigssl_jax.data.sources import SOURCE_DEFAULTS, Source, open_source
 from bigssl_jax.data.tensorflow_start import tensorflow
 from bigssl_jax.data.text import check_normaliser
 from bigssl_jax.data.tokenizer import Tokenizer
-
-Batch = dict[str, np.ndarray]
 
 DEFAULTS: dict[str, Any] = {
     'sources': {},  # name -> source, see sources.SOURCE_DEFAULTS
@@ -63,6 +62,8 @@ DEFAULTS: dict[str, Any] = {
     'max_unknown': 0.05,  # fraction of texts that may hold characters the tokenizer lacks
     'segment_size': SEGMENT_SIZE,  # positions with exact quotas per source; part of the order
 }
+# What makes a row one.
+FILLER = {'sample_counts': 0, 'sources': -1, 'utterances': -1, 'label_counts': 0}
 _LABEL_STEP = 8  # U is a multiple of this, so that small changes of text do not change shapes
 
 
@@ -305,24 +306,52 @@ class Stream:
         """(B, S, U) of global batch k."""
         return self.shapes[self.plan.bucket(k)]
 
-    def batch(self, k: int) -> Batch:
-        """This host's rows of batch k, read by numpy alone; DataError if a shard is damaged."""
+    def batch(self, k: int, bad: list[dict[str, str]] | None = None) -> Batch:
+        """This host's rows of batch k, read by numpy alone.
+
+        Args:
+          k: number of the batch.
+          bad: is given {'id', 'reason', 'detail'} of each utterance that cannot be read, whose row
+            becomes a filler; None: such an utterance is an error.
+
+        Raises:
+          DataError: a shard is damaged.
+        """
         members = self._mine(k)
         batch = self._frame(k, members)
         shape = members.source.size, self.shapes[members.bucket][1]
         audio: np.ndarray = np.zeros(shape, np.int16)
         for place in np.flatnonzero(members.source >= 0):
             source = self.sources[members.source[place]]
-            samples = source.corpus.read(int(source.corpus_rows(members.row[place])))
-            audio[place, : samples.size] = samples
+            row = int(source.corpus_rows(members.row[place]))
+            try:
+                samples = source.corpus.read(row)
+            except BadAudio as error:
+                if bad is None:
+                    raise
+                name = source.corpus.column('id')[row].as_py()
+                detail = f'{os.path.basename(error.source)}: {error.detail}'
+                bad.append({'id': name, 'reason': error.reason, 'detail': detail})
+                for key in FILLER.keys() & batch.keys():
+                    batch[key][place] = FILLER[key]
+            else:
+                audio[place, : samples.size] = samples
         return {'audio': audio, **batch}
 
-    def batches(self, start: int = 0, prefetch: int = 4, threads: int = 2) -> 'BatchIterator':
-        """Batches start, start + 1, ... read ahead by tf.data; the same bytes as `batch`.
+    def batches(
+        self,
+        start: int = 0,
+        prefetch: int = 4,
+        threads: int = 2,
+        bad: list[dict[str, str]] | None = None,
+    ) -> 'BatchIterator':
+        """Batches start, start + 1, ... read ahead by tf.data; the same as `batch`, also in `bad`.
 
         Use it as a context manager, or call `close`. Ends after the last batch of a finite pass.
         """
-        return BatchIterator(self, start, prefetch, threads)
+        tensorflow()  # imported here once, not by several threads at a time
+        read = functools.partial(self.read, bad=bad)
+        return BatchIterator(read, start, self.num_batches, prefetch, threads)
 
     def ids(self, k: int) -> list[str]:
         """Ids of this host's utterances in batch k; '' for fillers."""
@@ -361,8 +390,8 @@ class Stream:
             )
         self.plan.restore(dict(cursor))
 
-    def read(self, k: int) -> Batch:
-        """This host's rows of batch k, read by tf.data."""
+    def read(self, k: int, bad: list[dict[str, str]] | None = None) -> Batch:
+        """This host's rows of batch k, read by tf.data; `bad` as for `batch`."""
         from bigssl_jax.data import tf_reader
 
         members = self._mine(k)
@@ -377,7 +406,9 @@ class Stream:
                     paths, offsets, batch['sample_counts'][real], samples
                 )
             except DataError as error:
-                self.batch(k)  # the plain reader names the shard and the row
+                by_row = self.batch(k, bad)  # the plain reader names the shard and the row
+                if bad is not None:
+                    return by_row
                 raise DataError(f'batch {k}: {error}') from None
         if real.size < members.source.size:
             audio = np.concatenate(
@@ -431,42 +462,3 @@ class Stream:
             for place, shard in zip(places, source.corpus.shard_of[rows], strict=True):
                 paths[place] = source.corpus.shard_paths[shard]
         return paths, offsets
-
-
-class BatchIterator(Iterator[Batch]):
-    """Batches in order, read ahead in threads; a context manager. Made by `Stream.batches`."""
-
-    def __init__(self, source: Stream, start: int, prefetch: int, threads: int):
-        tensorflow()  # imported here once, not by several threads at a time
-        self._stream, self._next = source, int(start)
-        self._end = source.num_batches
-        self._pool = concurrent.futures.ThreadPoolExecutor(threads, 'bigssl-batches')
-        self._ahead: collections.deque[concurrent.futures.Future] = collections.deque()
-        self._prefetch = max(1, prefetch)
-        self._closed = False
-        self._fill()
-
-    def __next__(self) -> Batch:
-        if self._closed or not self._ahead:
-            self.close()
-            raise StopIteration
-        batch = self._ahead.popleft().result()
-        self._fill()
-        return batch
-
-    def __enter__(self) -> 'BatchIterator':
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stops reading ahead; no thread is left behind."""
-        self._closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._ahead.clear()
-
-    def _fill(self) -> None:
-        while len(self._ahead) < self._prefetch and (self._end is None or self._next < self._end):
-            self._ahead.append(self._pool.submit(self._stream.read, self._next))
-            self._next += 1

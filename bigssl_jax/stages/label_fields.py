@@ -18,10 +18,13 @@ PSEUDO_LABEL: dict[str, Any] = {
     'part_hours': 1.0,
     # A worker of which nothing was seen for so long loses its part to another.
     'lease_seconds': 300.0,
+    # The largest share of the utterances that may go without a label since they cannot be read or
+    # decoded; more of them stop the stage.
+    'max_quarantine': 0.01,
 }
 
 # Fields of which the labels do not depend: workers may differ in them.
-FREE = ('lease_seconds',)
+FREE = ('lease_seconds', 'max_quarantine')
 
 
 def check_labelling(field: str, stage: Mapping[str, Any]) -> None:
@@ -33,3 +36,8 @@ def check_labelling(field: str, stage: Mapping[str, Any]) -> None:
     for name in ('part_hours', 'lease_seconds'):
         if not stage[name] > 0:
             raise ConfigError(f'config field {field}.{name} is {stage[name]!r}; it must be above 0')
+    if not 0 <= stage['max_quarantine'] <= 1:
+        raise ConfigError(
+            f'config field {field}.max_quarantine is {stage["max_quarantine"]!r}; it must be a'
+            ' share of the utterances: 0 to 1'
+        )

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from bigssl_jax.config import UserError, config_hash
+from bigssl_jax.data.errors import DataError
 from bigssl_jax.data.label_filters import filter_labels, keep_mask
 from bigssl_jax.data.label_ledger import Ledger
-from bigssl_jax.data.label_sets import LabelSet, LabelWriter
+from bigssl_jax.data.label_sets import LabelSet, LabelWriter, count_reasons
 from bigssl_jax.data.label_work import complete
 from bigssl_jax.data.stream import Stream, one_pass
 from bigssl_jax.data.text import normalise_text
@@ -74,6 +75,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     results = {
         'utterances': labels.num_rows,
         'hours': round(labels.hours, 3),
+        'quarantined': labels.record['quarantined'],
         'workers': len({(r['worker']['host'], r['worker']['pid']) for r in writer.records}),
         **_speed(writer.records),
         **kept_labels(labels, fields['filter']),
@@ -104,14 +106,39 @@ class _Worker:
 
     def make(self, part: int) -> dict[str, Any]:
         """The labels of one part, in the order of the selection."""
-        stream = self._whole.part(part, self._writer.num_parts)
-        with stream.batches(0) as batches:
-            found = list(self._recogniser.recognise(self._watched(batches)))
-        return {'columns': _columns(sorted(found, key=lambda h: h.utterance), stream)}
+        number, rows = self._writer.num_parts, len(self._whole.sources[0])
+        stream = self._whole.part(part, number)
+        bad: list[dict[str, str]] = []
+        with stream.batches(0, bad=bad) as batches:
+            heard = list(self._recogniser.recognise(self._watched(batches)))
+        heard.sort(key=lambda h: h.utterance)
+        found = [h for h in heard if _is_finite(h)]
+        bad += [_undecodable(h, stream) for h in heard if not _is_finite(h)]
+        if len(found) + len(bad) != (part + 1) * rows // number - part * rows // number:
+            raise RuntimeError(f'part {part}: {len(found)} labels, {len(bad)} in quarantine')
+        bad.sort(key=lambda entry: entry['id'])  # threads read in any order
+        self._check_budget(bad)
+        return {'columns': _columns(found, stream), 'quarantine': bad}
+
+    def _check_budget(self, bad: list[dict[str, str]]) -> None:
+        before = sum(record['quarantined'] for record in self._writer.records)
+        rows = len(self._whole.sources[0])
+        allowed = self._context.fields['max_quarantine']
+        if before + len(bad) > allowed * rows:
+            bad = self._writer.quarantine() + bad
+            self._writer.write_quarantine(bad)
+            reasons = ', '.join(f'{n} {reason}' for reason, n in count_reasons(bad).items())
+            raise DataError(
+                f'{self._context.name}: {len(bad)} of {rows} utterances have no label, more than'
+                f' max_quarantine allows ({allowed:.1%}): {reasons}, such as {bad[-1]["id"]}:'
+                f' {bad[-1]["detail"]}; see {self._writer.directory}/quarantine.jsonl, mend the'
+                f' corpus or raise stages.{self._context.name}.max_quarantine, and run again'
+            )
 
     def look(self, verified: int) -> None:
-        """Shows how far all workers are together; raises Stopped when asked to stop."""
+        """Shows how far all workers are together; Stopped or DataError say why not to go on."""
         self._stop_if_asked()
+        self._check_budget([])  # what others have found
         now = time.monotonic()
         if self._begun is None:
             self._begun, self._shown = (now, verified), verified
@@ -131,6 +158,16 @@ class _Worker:
         self._watchdog.feed()
         if self._context.stop.requested:
             raise Stopped(f'{self._context.name} stopped; the same command continues')
+
+
+def _is_finite(heard: Hypothesis) -> bool:
+    return bool(np.isfinite([heard.log_probability, heard.confidence]).all())
+
+
+def _undecodable(heard: Hypothesis, stream: Stream) -> dict[str, str]:
+    (name,) = stream.sources[0].column('id', np.array([heard.utterance]))
+    detail = f'log-probability {heard.log_probability}, confidence {heard.confidence}'
+    return {'id': name, 'reason': 'undecodable', 'detail': detail}
 
 
 def _tell(text: str) -> None:
