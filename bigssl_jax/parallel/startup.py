@@ -13,6 +13,14 @@ import glob
 import os
 import sys
 
+# XLA:CPU ends the process when one device has waited for another for 40 seconds.  A search takes
+# longer on one half of a batch than on the other, and a busy machine anything; what really hangs is
+# the watchdog's business.
+PATIENCE = {
+    '--xla_cpu_collective_call_warn_stuck_timeout_seconds': 600,
+    '--xla_cpu_collective_call_terminate_timeout_seconds': 7200,
+}
+
 
 def cpu_cores() -> int:
     """Cores that this process may use."""
@@ -38,8 +46,9 @@ def configure_platform(host_devices: int | None = None) -> None:
     flags = os.environ.get('XLA_FLAGS', '')
     if '--xla_force_host_platform_device_count' not in flags:
         count = host_devices or cpu_cores()
-        flags = f'{flags} --xla_force_host_platform_device_count={count}'
-        os.environ['XLA_FLAGS'] = flags.strip()
+        flags += f' --xla_force_host_platform_device_count={count}'
+    flags += ''.join(f' {name}={value}' for name, value in PATIENCE.items() if name not in flags)
+    os.environ['XLA_FLAGS'] = flags.strip()
     if not os.environ.get('JAX_PLATFORMS') and not has_accelerator():
         use_cpu()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
