@@ -65,8 +65,9 @@ def _next(low: Attempt | None, high: Attempt | None, bisect: bool) -> int:
     """The next batch to try, between `low` and `high` where they are known."""
     if high is None:
         assert low is not None
-        # Well beyond the limit: a failure is cheap, and gives the line its second point.
-        return max(2 * low.units, -(-2 * low.units * low.available // max(low.needed, 1)))
+        # Well beyond the limit: a failure is cheap, and gives the line its second point.  Much of
+        # what a small batch needs are gathered parameters, so proportion would say too little.
+        return 8 * low.units
     if low is None:
         # Proportion overstates what a smaller batch needs: part of it does not shrink.
         return min(max(1, high.units * high.available // max(high.needed, 1)), high.units - 1)
