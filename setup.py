@@ -18,7 +18,7 @@ README = ROOT / 'README.md'
 
 INSTALL_REQUIRES = [
     # the model and its training
-    'jax>=0.10.0,<0.13',
+    'jax>=0.10.2,<0.13',
     'flax>=0.12.4,<0.13',
     'optax>=0.2.6,<0.3',
     'orbax-checkpoint>=0.11.36,<0.13',
@@ -51,16 +51,16 @@ INSTALL_REQUIRES = [
 
 EXTRAS = {
     # libtpu, in the one version that each version of JAX asks for
-    'tpu': ['jax[tpu]>=0.10.0,<0.13'],
+    'tpu': ['jax[tpu]>=0.10.2,<0.13'],
     # the same library compiles for TPUs on a machine that has none: `bigssl plan`
-    'plan': ['jax[tpu]>=0.10.0,<0.13'],
+    'plan': ['jax[tpu]>=0.10.2,<0.13'],
     # CUDA 12 wheels; the driver is the only thing taken from the machine
-    'gpu': ['jax[cuda12]>=0.10.0,<0.13'],
+    'gpu': ['jax[cuda12]>=0.10.2,<0.13'],
     # the normaliser 'whisper-english' of `bigssl score`
     'whisper': ['whisper-normalizer>=0.1.10,<0.2'],
     'dev': [
         'whisper-normalizer>=0.1.10,<0.2',
-        'jax[tpu]>=0.10.0,<0.13',
+        'jax[tpu]>=0.10.2,<0.13',
         'pytest>=8.4,<10',
         'pytest-timeout>=2.3.1,<3',
         'pytest-xdist>=3.6,<4',
