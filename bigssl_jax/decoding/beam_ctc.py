@@ -112,7 +112,7 @@ def _empty(fusion: Fusion, rows: int, beam: int, width: int, blank_id: int) -> B
         blank=dead.at[:, 0].set(0.0),
         label=dead,
         fused=jnp.zeros(shape),
-        language=folded(fusion_lib.start(fusion, rows * beam, blank_id), rows),
+        language=folded(fusion_lib.start(fusion, rows * beam, width, blank_id), rows),
     )
 
 

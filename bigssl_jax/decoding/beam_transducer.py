@@ -138,7 +138,7 @@ def _empty(transducer: Transducer, fusion: Fusion, ends: jax.Array, beam: int, w
     rows = ends.shape[0]
     blanks = jnp.full((rows * beam,), transducer.blank_id, jnp.int32)
     state, projected = transducer.advance(transducer.initial(rows * beam), blanks)
-    language = fusion_lib.start(fusion, rows * beam, transducer.blank_id)
+    language = fusion_lib.start(fusion, rows * beam, width, transducer.blank_id)
     state, projected, language = folded((state, projected, language), rows)
     zeros = jnp.zeros((rows, beam))
     buffer = jnp.zeros((rows, beam, width))

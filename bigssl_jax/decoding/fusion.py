@@ -40,7 +40,8 @@ class LanguageModel:
 
     Attributes:
       params: pytree of arrays, the argument of all three.
-      initial: (params, n) -> state of n sequences without a token; a pytree of arrays [n, ...].
+      initial: (params, n, length) -> state of n sequences without a token, none of which will have
+        more than `length`; a pytree of arrays [n, ...].
       advance: (params, state, tokens int32 [n]) -> (state, log_probs float32 [n, V]), the
         distribution of the next token, blank -inf.  The blank given to an initial state stands for
         the start of the sentence: it gives the distribution of the first token.
@@ -48,7 +49,7 @@ class LanguageModel:
     """
 
     params: Any
-    initial: Callable[[Any, int], Any]
+    initial: Callable[[Any, int, int], Any]
     advance: Callable[[Any, Any, jax.Array], tuple[Any, jax.Array]]
     final: Callable[[Any, Any], jax.Array]
 
@@ -142,9 +143,9 @@ def make_fusion(
     )
 
 
-def start(fusion: Fusion, count: int, blank_id: int) -> FusionState:
-    """`count` hypotheses without a label."""
-    states = tuple(model.initial(model.params, count) for model in fusion.models)
+def start(fusion: Fusion, count: int, length: int, blank_id: int) -> FusionState:
+    """`count` hypotheses without a label, which may have up to `length`."""
+    states = tuple(model.initial(model.params, count, length) for model in fusion.models)
     return advance(fusion, states, jnp.full((count,), blank_id, jnp.int32))
 
 
@@ -203,7 +204,7 @@ def sequence_scores(
         return (state, total, token, position + 1), None
 
     initial = (
-        model.initial(model.params, count),
+        model.initial(model.params, count, tokens.shape[1]),
         jnp.zeros((count,), jnp.float32),
         jnp.full((count,), blank_id, jnp.int32),
         jnp.zeros((), jnp.int32),

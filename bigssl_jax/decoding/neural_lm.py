@@ -5,7 +5,8 @@ it reorders the rows of the state as it likes, and throws a row's step away when
 not extended.  So every leaf of the state has N in front, and each row carries its own place
 (`models/language_model.py`); nothing here knows of frames.
 
-A state has keys and values of the last `slots` tokens of each hypothesis:
+A state has keys and values of the last `slots` tokens of each hypothesis, or of all, where the
+search allows no more:
 
     N x slots x layers x width x 2 numbers       16 x 4 x 128 x 8 x 1024 x 2 in bf16: 0.27 GB
 
@@ -47,9 +48,12 @@ def _bound(function: Any, *given: Any) -> Any:
     return functools.partial(function, *given)
 
 
-def _initial(config: lm.LanguageModelConfig, slots: int, params: Any, count: int) -> Any:
+def _initial(
+    config: lm.LanguageModelConfig, slots: int, params: Any, count: int, length: int
+) -> Any:
     """State of `count` hypotheses without a token; 'end' is log P(</s>) after the last step."""
     del params
+    slots = min(slots, length + 1)  # the start of the sentence has one
     zeros = jnp.zeros((count,), jnp.float32)
     return {'cache': lm.initial_state(config, count, slots), 'end': zeros}
 

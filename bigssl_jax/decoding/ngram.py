@@ -146,8 +146,9 @@ def _advance_with(fan_outs: tuple[int, ...]) -> Any:
     return functools.partial(advance, fan_outs=fan_outs)
 
 
-def initial(params: NgramParams, count: int) -> tuple[jax.Array, jax.Array]:
+def initial(params: NgramParams, count: int, length: int) -> tuple[jax.Array, jax.Array]:
     """`count` states "<s>": (state, whether the sentence has begun), [count] each."""
+    del length
     return jnp.full((count,), params.start), jnp.zeros((count,), bool)
 
 

@@ -41,7 +41,7 @@ def test_sequence_scores_are_those_of_the_training_loss():
 def test_states_are_reordered_row_by_row_and_log_probs_are_a_distribution():
     model = neural_lm(OBJECTIVE.config, parameters())
     advance = jax.jit(model.advance)
-    state = model.initial(model.params, 3)
+    state = model.initial(model.params, 3, 8)
     assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(state))
     for column in ([0, 0, 0], [2, 3, 4], [5, 5, 6]):
         state, log_probs = advance(model.params, state, np.array(column, np.int32))
@@ -62,3 +62,13 @@ def test_equal_models_are_one_program():
     a, b = (neural_lm(OBJECTIVE.config, parameters()) for _ in range(2))
     assert a.advance is b.advance and a.initial is b.initial
     assert jax.tree.structure(a) == jax.tree.structure(b)
+
+
+def test_room_for_longer_hypotheses_changes_nothing():
+    model = neural_lm(OBJECTIVE.config, parameters())
+    states = [model.initial(model.params, 2, length) for length in (3, 40)]
+    assert states[0]['cache']['keys'].shape[2] == 4
+    for column in ([0, 0], [2, 3], [5, 6], [4, 2]):
+        found = [model.advance(model.params, s, np.array(column, np.int32)) for s in states]
+        states = [state for state, _ in found]
+        np.testing.assert_allclose(found[0][1][:, 1:], found[1][1][:, 1:], rtol=1e-5)

@@ -78,7 +78,10 @@ def test_automaton_equals_the_recursion_in_every_context(order):
         histories = np.random.default_rng(seed).integers(2, len(pieces), (40, 6)).astype(np.int32)
         advance = jax.jit(language_model.advance)
         params = language_model.params
-        state, found = advance(params, language_model.initial(params, 40), np.zeros(40, np.int32))
+        start = language_model.initial(params, 40, 9)
+        state, found = advance(params, start, np.zeros(40, np.int32))
+            params, language_model.initial(params, 40, 9), np.zeros(40, np.int32)
+        )
         for position in range(7):
             final = language_model.final(params, state)
             for row in range(40):
