@@ -52,6 +52,10 @@ OPTIONAL = pa.schema(
         ('token_start_frames', pa.list_(pa.int32())),
         ('token_end_frames', pa.list_(pa.int32())),
         ('word_confidence', pa.list_(pa.float32())),
+        # [frames, k] row by row: the k most probable labels of each frame, by falling probability
+        ('top_k_ids', pa.list_(pa.int32())),
+        ('top_k_log_probs', pa.list_(pa.float16())),
+        ('top_k_mass', pa.float32()),  # mean over frames of the probability they hold
     ]
 )
 _KEY = b'bigssl.key'
@@ -372,6 +376,25 @@ class LabelSet:
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All parts as one table, in the order of the selection; read once per set of columns."""
         return self._table(tuple(columns) if columns is not None else None)
+
+    def posteriors(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """(id, label ids int32 [T, k], log-probabilities float16 [T, k]) of each utterance.
+
+        In the order of the selection, one part in memory at a time.  DataError without top_k.
+        """
+        if 'top_k' not in self.key:
+            raise DataError(f'{self.directory}: made without posteriors; set top_k in its stage')
+        columns = ['id', 'frames', 'top_k_ids', 'top_k_log_probs']
+        for part in self.record['parts']:
+            path = os.path.join(self.directory, part['file'])
+            table = pq.ParquetFile(path).read(columns=columns)
+            for batch in table.to_batches(max_chunksize=64):
+                for row in range(batch.num_rows):
+                    name, frames = batch['id'][row].as_py(), batch['frames'][row].as_py()
+                    ids, log_probs = (batch[c][row].values.to_numpy() for c in columns[2:])
+                    width = ids.size // max(frames, 1)
+                    shape = frames, width
+                    yield name, ids.reshape(shape), log_probs.reshape(shape)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 (few label sets live as long as their stream)
     def _table(self, columns: tuple[str, ...] | None) -> pa.Table:

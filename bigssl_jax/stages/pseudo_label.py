@@ -45,7 +45,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     if process_count() > 1:
         mesh = local_mesh(context.config['compute']['mesh'])
     recogniser = Recogniser.of_model(
-        teacher, mesh, DecoderConfig(**fields['decoder']), context.workdir
+        teacher, mesh, DecoderConfig(**fields['decoder']), context.workdir, fields['top_k']
     )
     whole = one_pass(context.pass_config(fields['selection'], mesh))
     source = whole.sources[0]
@@ -56,6 +56,8 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
         # What is heard, not where it lies: a moved workdir keeps its labels.
         'config': config_hash({'selection': source.identity, 'parts': num_parts}),
     }
+    if fields['top_k']:
+        key['top_k'] = str(fields['top_k'])
     directory = context.directory / 'labels'
     writer = LabelWriter(directory, key, num_parts, _tell)
     ledger = Ledger(directory, fields['lease_seconds'])
@@ -78,6 +80,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
         'quarantined': labels.record['quarantined'],
         'workers': len({(r['worker']['host'], r['worker']['pid']) for r in writer.records}),
         **_speed(writer.records),
+        **_kept_mass(labels),
         **kept_labels(labels, fields['filter']),
     }
     quality = measure_quality(context, labels, whole)
@@ -118,7 +121,10 @@ class _Worker:
             raise RuntimeError(f'part {part}: {len(found)} labels, {len(bad)} in quarantine')
         bad.sort(key=lambda entry: entry['id'])  # threads read in any order
         self._check_budget(bad)
-        return {'columns': _columns(found, stream), 'quarantine': bad}
+        columns = _columns(found, stream)
+        if self._context.fields['top_k']:
+            columns |= _posterior_columns(found)
+        return {'columns': columns, 'quarantine': bad}
 
     def _check_budget(self, bad: list[dict[str, str]]) -> None:
         before = sum(record['quarantined'] for record in self._writer.records)
@@ -197,6 +203,27 @@ def _columns(found: list[Hypothesis], stream: Stream) -> dict[str, list]:
         'token_start_frames': [h.start_frames for h in found],
         'token_end_frames': [h.end_frames for h in found],
     }
+
+
+def _posterior_columns(found: list[Hypothesis]) -> dict[str, list]:
+    top = [h.posteriors for h in found if h.posteriors is not None]
+    return {
+        'top_k_ids': [p.ids.ravel() for p in top],
+        'top_k_log_probs': [p.log_probs.ravel() for p in top],
+        'top_k_mass': [p.mass for p in top],
+    }
+
+
+def _kept_mass(labels: LabelSet) -> dict[str, Any]:
+    """How much of the frames' probability the kept labels hold."""
+    if 'top_k' not in labels.key:
+        return {}
+    table = labels.table(['frames', 'top_k_mass'])
+    frames, mass = table['frames'].to_numpy(), table['top_k_mass'].to_numpy().astype(np.float64)
+    mean = float((mass * frames).sum() / max(frames.sum(), 1))
+    lowest = float(mass.min()) if len(mass) else 0.0
+    kept = {'k': int(labels.key['top_k']), 'mass': round(mean, 6), 'lowest': round(lowest, 6)}
+    return {'top_k': kept}
 
 
 def kept_labels(labels: LabelSet, steps: Any) -> dict[str, Any]:

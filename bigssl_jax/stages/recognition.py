@@ -15,6 +15,7 @@ from bigssl_jax.decoding import DecoderConfig
 from bigssl_jax.decoding.beam_transducer import internal_lm_scores
 from bigssl_jax.decoding.fusion import Fusion, sequence_scores
 from bigssl_jax.decoding.nbest import NBest
+from bigssl_jax.decoding.posteriors import Posteriors
 from bigssl_jax.decoding.words import Word, words
 from bigssl_jax.models import ConformerConfig, Encoder, attention_kernels
 from bigssl_jax.objectives import CTC, RNNT, EncoderCall
@@ -55,6 +56,20 @@ class Alternative(NamedTuple):
     lm_score: float
 
 
+class FramePosteriors(NamedTuple):
+    """The most probable labels of an utterance's frames, see `decoding.posteriors`.
+
+    Attributes:
+      ids: int32 [T, k].
+      log_probs: float16 [T, k].
+      mass: mean over frames of the probability that was kept.
+    """
+
+    ids: np.ndarray
+    log_probs: np.ndarray
+    mass: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Hypothesis:
     """What a model heard in one utterance.
@@ -69,6 +84,7 @@ class Hypothesis:
       frames: encoder frames.
       seconds: of audio.
       alternatives: the n-best list of a beam search, this hypothesis first; () of a greedy one.
+      posteriors: of every frame, where the recogniser was asked for them.
     """
 
     source: int
@@ -84,6 +100,7 @@ class Hypothesis:
     frames: int
     seconds: float
     alternatives: tuple[Alternative, ...] = ()
+    posteriors: FramePosteriors | None = None
 
     def words(self, tokenizer: Tokenizer, frame_seconds: float) -> list[Word]:
         """Words with confidences and times."""
@@ -107,6 +124,7 @@ class Recogniser:
       mesh: devices.
       search: how hypotheses are searched for.
       language_models: that `search` names.
+      top_k: labels of each frame whose posteriors are told; 0: none. Only CTC has any.
     """
 
     def __init__(
@@ -120,9 +138,10 @@ class Recogniser:
         mesh: jax.sharding.Mesh,
         search: DecoderConfig = GREEDY,
         language_models: LanguageModels = LanguageModels(),
+        top_k: int = 0,
     ):
         self._model = encoder, audio, head, params, constants, tokenizer, mesh
-        self._decode = decoder(encoder, audio, head, mesh, search.program)
+        self._decode = decoder(encoder, audio, head, mesh, search.program, top_k)
         self._head, self._encoder = head, encoder
         self.decoder_name = decoder_name(head, search, language_models.hashes)
         self._params, self._constants, self._mesh = params, constants, mesh
@@ -136,6 +155,7 @@ class Recogniser:
         mesh: jax.sharding.Mesh,
         search: DecoderConfig = GREEDY,
         workdir: pathlib.Path | None = None,
+        top_k: int = 0,
     ) -> 'Recogniser':
         """A finished model's recogniser; each device reads its own part of the parameters.
 
@@ -144,6 +164,7 @@ class Recogniser:
           mesh: devices.
           search: how hypotheses are searched for.
           workdir: where the stages lie whose language models `search` names, if it names stages.
+          top_k: labels of each frame whose posteriors are told.
 
         Raises:
           UserError: the model has no transcript head, or not the tokenizer of its training; a
@@ -165,7 +186,7 @@ class Recogniser:
         params = {'encoder': arrays['params']['encoder'], 'head': arrays['params']['heads'][name]}
         constants = jax.device_put(arrays['constants']['encoder'], replicated(mesh))
         parts = encoder, model.audio, head, params, constants, tokenizer, mesh
-        return cls(*parts, search, language_models)
+        return cls(*parts, search, language_models, top_k)
 
     def searching(self, search: DecoderConfig) -> 'Recogniser':
         """The same model and language models with another search (the same models named)."""
@@ -187,7 +208,8 @@ class Recogniser:
                 if whole['its_utterances'][row] >= 0:
                     heard = self._hypothesis(whole, found.best, frames, row)
                     others = self._alternatives(found.nbest, row)
-                    yield dataclasses.replace(heard, alternatives=others)
+                    top = _posteriors(found.posteriors, row, heard.frames)
+                    yield dataclasses.replace(heard, alternatives=others, posteriors=top)
 
     def fusion_parts(self, sequences: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """What each weight of a `FusionConfig` is multiplied with, for whole label sequences.
@@ -252,6 +274,16 @@ class Recogniser:
         )
 
 
+def _posteriors(found: Posteriors | None, row: int, frames: int) -> FramePosteriors | None:
+    if found is None:
+        return None
+    ids, log_probs = np.asarray(found.ids), np.asarray(found.log_probs)
+    # Copies: slices would keep the whole batch in memory.
+    return FramePosteriors(
+        ids[row, :frames].copy(), log_probs[row, :frames].copy(), float(found.mass[row])
+    )
+
+
 @functools.lru_cache(maxsize=16)
 def decoder(
     encoder: ConformerConfig,
@@ -259,6 +291,7 @@ def decoder(
     head: Head,
     mesh: jax.sharding.Mesh,
     search: DecoderConfig = GREEDY,
+    top_k: int = 0,
 ) -> Callable[..., Any]:
     """One jitted decoder for every model of the same shape; every process has its results."""
 
@@ -271,7 +304,7 @@ def decoder(
             audio=audio,
             deterministic=True,
         )
-        found, mask = search_batch(call, params['head'], head, batch, search, fusion)
+        found, mask = search_batch(call, params['head'], head, batch, search, fusion, top_k)
         whole = {key: value for key, value in batch.items() if key in WHOLE_KEYS}
         return found, mask.sum(axis=1), whole
 

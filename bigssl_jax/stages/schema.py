@@ -29,7 +29,7 @@ from bigssl_jax.stages.decoder_fields import (
     file_hashes,
     language_model_stages,
 )
-from bigssl_jax.stages.label_fields import FREE, PSEUDO_LABEL, check_labelling
+from bigssl_jax.stages.label_fields import FREE, PSEUDO_LABEL, check_labelling, check_top_k
 from bigssl_jax.stages.shared_encoder import encoder_identity, is_path
 from bigssl_jax.training.guard import GuardSettings
 from bigssl_jax.training.optimizers import ALGORITHMS, GROUP_DEFAULTS
@@ -407,6 +407,7 @@ def _check_references(config: Mapping[str, Any]) -> None:
                     f'stages.{name}.{field} is {upstream!r}, a {kind} stage; it must name a'
                     f' {" or ".join(kinds)} stage'
                 )
+        check_top_k(name, config['stages'])
         for field, selection in _selections_of(config['stages'][name]):
             _must_exist(f'stages.{name}.{field}', selection, selections)
         if 'compare' in config['stages'][name]:

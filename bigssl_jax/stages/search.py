@@ -23,6 +23,7 @@ from bigssl_jax.decoding.confidence import token_confidences
 from bigssl_jax.decoding.fusion import Fusion, LanguageModel, make_fusion
 from bigssl_jax.decoding.nbest import NBest
 from bigssl_jax.decoding.ngram import load_ngram
+from bigssl_jax.decoding.posteriors import Posteriors, top_posteriors
 from bigssl_jax.objectives import CTC, RNNT, EncoderCall
 from bigssl_jax.parallel import per_row, replicated
 from bigssl_jax.parallel.distributed import say
@@ -47,10 +48,12 @@ class Found(NamedTuple):
       best: of each utterance; of a beam search `log_probability` is log P(tokens | audio), and
         `entropy` the mean over tokens, not frames, of the normalised entropy.
       nbest: all hypotheses that were asked for; None of a greedy search.
+      posteriors: of every frame, where they were asked for.
     """
 
     best: GreedyResult
     nbest: NBest | None
+    posteriors: Posteriors | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +140,17 @@ def search_batch(
     batch: Mapping[str, jax.Array],
     search: DecoderConfig,
     fusion: Fusion,
+    top_k: int = 0,
 ) -> tuple[Found, jax.Array]:
-    """Hypotheses of a batch, and the mask of the encoder's frames."""
+    """Hypotheses of a batch, and the mask of the encoder's frames.
+
+    `top_k` posteriors of each frame are added (0: none); only CTC has any.
+    """
     scores, mask = head.predict(encode, params, batch)
+    if top_k and not isinstance(head, CTC):
+        raise UserError(
+            f'top_k is {top_k}, but a transducer has no posteriors of frames; set it to 0'
+        )
 
     # Each device decodes its own rows: it waits for no other before it goes on to a next frame.
     def decode_rows(rows: Mapping[str, jax.Array], shared: Any) -> Found:
@@ -148,9 +159,11 @@ def search_batch(
         widths: dict[str, Any] = {'beam': search.beam, 'expansions': search.expansions}
         widths['nbest'] = search.ranks
         if isinstance(head, CTC):
+            posteriors = top_posteriors(scores, mask, top_k) if top_k else None
             if search.kind == 'greedy':
-                return Found(greedy_ctc(scores, mask, head.blank_id), None)
-            return _found(beam_ctc(scores, mask, fusion, blank_id=head.blank_id, **widths), search)
+                return Found(greedy_ctc(scores, mask, head.blank_id), None, posteriors)
+            nbest = beam_ctc(scores, mask, fusion, blank_id=head.blank_id, **widths)
+            return _found(nbest, search)._replace(posteriors=posteriors)
         transducer = head.transducer(params, encode.dtype)
         if search.kind == 'greedy':
             return Found(greedy_transducer(scores, mask, transducer, search.max_symbols), None)

@@ -61,6 +61,31 @@ def test_what_is_written_is_read_back_in_order(tmp_path):
     assert LabelSet.open(tmp_path).fingerprint == labels.fingerprint
 
 
+def test_posteriors_of_frames_are_read_back(tmp_path):
+    random = np.random.default_rng(0)
+    writer = LabelWriter(tmp_path, {**KEY, 'top_k': '3'}, 2)
+    written = []
+    for part in range(2):
+        frames = random.integers(0, 9, 10)
+        ids = [random.integers(0, 40, (n, 3)).astype(np.int32) for n in frames]
+        log_probs = [random.normal(-2, 1, (n, 3)).astype(np.float16) for n in frames]
+        columns = {'frames': frames, 'top_k_mass': np.full(10, 0.9, np.float32)}
+        columns['top_k_ids'] = [x.ravel() for x in ids]
+        columns['top_k_log_probs'] = [x.ravel() for x in log_probs]
+        writer.write(part, rows(part) | columns)
+        written += list(zip(rows(part)['id'], ids, log_probs, strict=True))
+    found = list(writer.finish().posteriors())
+    assert [name for name, _, _ in found] == [name for name, _, _ in written]
+    for (_, ids, log_probs), (name, *expected) in zip(found, written, strict=True):
+        assert (ids.dtype, log_probs.dtype) == (np.int32, np.float16), name
+        if ids.size:
+            np.testing.assert_array_equal(ids, expected[0])
+            np.testing.assert_array_equal(log_probs, expected[1])
+        assert len(ids) == len(log_probs) == len(expected[0])
+    with pytest.raises(DataError, match='made without posteriors; set top_k in its stage'):
+        next(write_all(tmp_path / 'other').posteriors())
+
+
 def test_nothing_is_visible_before_the_end(tmp_path):
     writer = LabelWriter(tmp_path, KEY, 2)
     writer.write(0, rows(0))

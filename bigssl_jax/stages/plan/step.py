@@ -169,7 +169,10 @@ def _labelling_program(config: Mapping[str, Any], stage: str, mesh: Mesh) -> Pro
         config, config['stages'][stage]['teacher'], mesh, vocabulary_size(config)
     )
     name = teacher.transcript_head()
-    search = DecoderConfig(**config['stages'][stage]['decoder'])
+    search, top_k = (
+        DecoderConfig(**config['stages'][stage]['decoder']),
+        config['stages'][stage]['top_k'],
+    )
     head = teacher.objectives[name]
     check_layout(landed(teacher.abstract_params, mesh), mesh, config['compute']['max_replicated'])
     layout = parameter_layout(teacher.encoder, {name: head}, mesh)
@@ -186,7 +189,7 @@ def _labelling_program(config: Mapping[str, Any], stage: str, mesh: Mesh) -> Pro
     streams = stage_batches(config, stage, mesh)
     batch = _abstract_batch(streams[stage], mesh)
     return Program(
-        function=decoder(teacher.encoder, teacher.audio, head, mesh, search.program),
+        function=decoder(teacher.encoder, teacher.audio, head, mesh, search.program, top_k),
         arguments=(params, constants, fusion, batch),
         mesh=mesh,
         batches=streams,
