@@ -80,8 +80,6 @@ def test_automaton_equals_the_recursion_in_every_context(order):
         params = language_model.params
         start = language_model.initial(params, 40, 9)
         state, found = advance(params, start, np.zeros(40, np.int32))
-            params, language_model.initial(params, 40, 9), np.zeros(40, np.int32)
-        )
         for position in range(7):
             final = language_model.final(params, state)
             for row in range(40):
