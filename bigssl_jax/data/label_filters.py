@@ -42,10 +42,12 @@ class FilterResult:
 
 FILTERS: dict[str, dict[str, Any]] = {
     'confidence': {'percentile': None, 'threshold': None, 'column': 'confidence'},
+    'normalised_score': {'percentile': None, 'threshold': None, 'fit': None},
     'words_per_second': {'min': 0.0, 'max': np.inf},
     'characters_per_second': {'min': 0.0, 'max': np.inf},
     'empty': {},
     'repeats': {'words': 3, 'times': 3},
+    'duplicates': {'times': 10},
     'keep_all': {},
 }
 
@@ -81,7 +83,15 @@ def _checked_step(field: str, step: Any) -> dict[str, Any]:
     given = {name: value for name, value in step.items() if name != 'kind'}
     checked = config_lib.merge(field, FILTERS[kind], given)
     if kind == 'confidence':
-        _check_confidence(field, checked)
+        config_lib.choose(f'{field}.column', checked['column'], ('confidence', 'score'))
+        _check_limit(field, checked)
+    elif kind == 'normalised_score':
+        _check_limit(field, checked)
+        _check_fit(field, checked['fit'])
+    elif kind == 'duplicates' and checked['times'] < 1:
+        raise ConfigError(
+            f'config field {field}.times is {checked["times"]!r}; it must be at least 1'
+        )
     elif 'min' in checked and not checked['min'] <= checked['max']:
         raise ConfigError(
             f'config field {field}.min is {checked["min"]!r}, above max, {checked["max"]!r}:'
@@ -95,8 +105,20 @@ def _checked_step(field: str, step: Any) -> dict[str, Any]:
     return {'kind': kind, **checked}
 
 
-def _check_confidence(field: str, step: Mapping[str, Any]) -> None:
-    config_lib.choose(f'{field}.column', step['column'], ('confidence', 'score'))
+def _check_fit(field: str, fit: Any) -> None:
+    if fit is None:
+        return
+    numbers = isinstance(fit, (list, tuple)) and all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) and np.isfinite(x) for x in fit
+    )
+    if not numbers or len(fit) != 3 or not fit[2] > 0:
+        raise ConfigError(
+            f'config field {field}.fit is {fit!r}; it must be (slope, intercept, deviation) with a'
+            ' deviation above 0, as fit_scores gives them, or None: fitted on the labels themselves'
+        )
+
+
+def _check_limit(field: str, step: Mapping[str, Any]) -> None:
     given = [name for name in ('percentile', 'threshold') if step[name] is not None]
     if len(given) != 1:
         raise ConfigError(
@@ -123,10 +145,16 @@ def filter_labels(label_set: LabelSet, steps: Any) -> FilterResult:
     Steps, as one mapping or a list of them, each with `kind`:
       confidence: `threshold` keeps rows with at least this confidence; or `percentile` p drops the
         p % of rows (among those still kept) with the lowest. `column` 'confidence' or 'score'.
+      normalised_score: likewise, by (score - slope n - intercept) / (deviation sqrt(n)), n tokens,
+        which favours neither short nor long labels (Park et al. 2020, arXiv:2005.09629, section
+        2.2 [recalled]); `fit` is (slope, intercept, deviation) of `fit_scores`, there of a dev set,
+        here None takes the labels themselves [ours].
       words_per_second, characters_per_second: `min` <= rate <= `max`.
       empty: drops empty text.
       repeats: drops text in which a run of 1 to `words` words stands at least `times` times in a
         row.
+      duplicates: keeps the `times` most confident rows of each text, so that what a teacher writes
+        most does not crowd out the rest of the vocabulary.
       keep_all: drops nothing.
 
     Raises:
@@ -155,9 +183,12 @@ def filter_labels(label_set: LabelSet, steps: Any) -> FilterResult:
 
 
 def _keep_confident(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: np.ndarray):
-    percentile, threshold = step['percentile'], step['threshold']
     values = label_set.table([step['column']])[step['column']].to_numpy().astype(np.float64)
-    values = np.nan_to_num(values, nan=-np.inf)
+    return _keep_highest(np.nan_to_num(values, nan=-np.inf), step, keep)
+
+
+def _keep_highest(values: np.ndarray, step: dict, keep: np.ndarray):
+    percentile, threshold = step['percentile'], step['threshold']
     if percentile is None:
         return values >= threshold, {'threshold': float(threshold)}
     # Exactly the lowest p % go, whatever ties there are: rank by (value, position in the set).
@@ -168,6 +199,54 @@ def _keep_confident(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: 
     good[ranked[:drop]] = False
     lowest = float(values[ranked[drop]]) if drop < len(ranked) else float('nan')
     return good, {'percentile': float(percentile), 'threshold': lowest}
+
+
+def fit_scores(scores: np.ndarray, counts: np.ndarray) -> tuple[float, float, float]:
+    """The line that log-probabilities follow as labels grow, and how far they lie from it.
+
+    Args:
+      scores: log-probabilities of whole labels, float [N].
+      counts: their tokens, int [N]; labels without any do not count.
+
+    Returns:
+      (slope, intercept, deviation): least squares of scores = slope n + intercept; deviation is the
+      root mean square of what is left over sqrt(n), 1 where nothing is.
+    """
+    scores, counts = np.asarray(scores, np.float64), np.asarray(counts, np.float64)
+    used = (counts > 0) & np.isfinite(scores)
+    scores, counts = scores[used], counts[used]
+    columns = np.stack([counts, np.ones_like(counts)], axis=1)
+    slope, intercept = np.linalg.lstsq(columns, scores, rcond=None)[0] if used.any() else (0.0, 0.0)
+    left = (scores - slope * counts - intercept) / np.sqrt(counts)
+    deviation = float(np.sqrt(np.mean(left**2))) if used.any() else 0.0
+    return float(slope), float(intercept), deviation if deviation > 1e-9 else 1.0
+
+
+def _keep_probable(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: np.ndarray):
+    table = label_set.table(['score', 'tokens'])
+    scores = table['score'].to_numpy().astype(np.float64)
+    counts = pc.list_value_length(table['tokens']).to_numpy().astype(np.float64)
+    slope, intercept, deviation = step['fit'] or fit_scores(scores[keep], counts[keep])
+    expected = slope * counts + intercept
+    values = (scores - expected) / (deviation * np.sqrt(np.maximum(counts, 1)))
+    good, limits = _keep_highest(np.nan_to_num(values, nan=-np.inf), step, keep)
+    fit = {'slope': slope, 'intercept': intercept, 'deviation': deviation}
+    return good, {**limits, **fit}
+
+
+def _keep_few_of_each(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: np.ndarray):
+    table = label_set.table(['text', 'confidence'])
+    texts = table['text'].combine_chunks().dictionary_encode().indices.to_numpy()
+    confidence = np.nan_to_num(table['confidence'].to_numpy().astype(np.float64), nan=-np.inf)
+    candidates = np.flatnonzero(keep)
+    # By text, most confident first; then each row's place among those of its text.
+    ranked = candidates[np.lexsort((-confidence[candidates], texts[candidates]))]
+    starts = np.flatnonzero(np.diff(texts[ranked], prepend=-1))
+    lengths = np.diff(starts, append=ranked.size)
+    place = np.arange(ranked.size) - np.repeat(starts, lengths)
+    good = keep.copy()
+    good[ranked[place >= step['times']]] = False
+    return good, {'times': step['times']}
 
 
 def _keep_rate(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: np.ndarray, words: bool):
@@ -207,6 +286,8 @@ def has_repeats(text: str, words: int, times: int) -> bool:
 
 _STEPS: dict[str, Callable] = {
     'confidence': _keep_confident,
+    'normalised_score': _keep_probable,
+    'duplicates': _keep_few_of_each,
     'words_per_second': functools.partial(_keep_rate, words=True),
     'characters_per_second': functools.partial(_keep_rate, words=False),
     'empty': _keep_filled,

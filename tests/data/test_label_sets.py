@@ -12,7 +12,7 @@ import pytest
 
 from bigssl_jax.config import ConfigError
 from bigssl_jax.data.errors import DataError
-from bigssl_jax.data.label_filters import filter_labels, has_repeats
+from bigssl_jax.data.label_filters import filter_labels, fit_scores, has_repeats
 from bigssl_jax.data.label_sets import LabelSet, LabelWriter
 
 KEY = {'teacher': 'aa', 'decoder': 'bb', 'config': 'cc'}
@@ -198,6 +198,11 @@ def labels(tmp_path):
         ({'kind': 'words_per_second', 'min': 1.0}, 'bcdf'),
         ({'kind': 'words_per_second', 'max': 3.5}, 'acdef'),
         ({'kind': 'characters_per_second', 'min': 1.0, 'max': 11.5}, 'bf'),
+        # scores -1 with one token each: the line fits all, so nothing is below it
+        ({'kind': 'normalised_score', 'threshold': -1e-6}, 'abcdef'),
+        ({'kind': 'normalised_score', 'threshold': 0.0, 'fit': (-2.0, 0.5, 1.0)}, 'abcdef'),
+        ({'kind': 'normalised_score', 'threshold': 0.0, 'fit': (-2.0, 1.5, 1.0)}, ''),
+        ({'kind': 'duplicates', 'times': 1}, 'abcdef'),
         ({'kind': 'repeats'}, 'adef'),
         ({'kind': 'repeats', 'words': 1, 'times': 3}, 'acdef'),
         ({'kind': 'repeats', 'words': 3, 'times': 5}, 'abcdef'),
@@ -226,6 +231,43 @@ def test_a_filter_reports_hours_and_reasons(labels):
     assert ''.join(result.ids) == 'bcf'
 
 
+def test_scores_are_normalised_by_their_lengths(tmp_path):
+    """Scores of known law: the fit finds it, and keeps labels of all lengths alike."""
+    random = np.random.default_rng(0)
+    counts = random.integers(1, 60, 4000)
+    scores = -0.7 * counts - 3.0 + 0.4 * np.sqrt(counts) * random.standard_normal(4000)
+    slope, intercept, deviation = fit_scores(scores, counts)
+    line = np.polyfit(counts, scores, 1)
+    assert (slope, intercept) == pytest.approx(tuple(line), rel=1e-9)
+    assert (slope, intercept, deviation) == pytest.approx((-0.7, -3.0, 0.4), rel=0.05)
+
+    writer = LabelWriter(tmp_path, KEY, 1)
+    columns = {'id': [str(i) for i in range(4000)], 'text': ['x'] * 4000}
+    columns |= {'tokens': [[3] * n for n in counts], 'score': scores, 'seconds': [1.0] * 4000}
+    writer.write(0, columns | {'confidence': np.ones(4000)})
+    result = filter_labels(writer.finish(), {'kind': 'normalised_score', 'percentile': 40})
+    assert result.keep.sum() == 2400
+    assert counts[result.keep].mean() == pytest.approx(counts.mean(), rel=0.05)
+    assert result.report[0]['limits']['slope'] == pytest.approx(slope, rel=1e-5)
+    by_score = np.sort(counts[np.argsort(-scores)[:2400]])
+    assert by_score.mean() < 0.7 * counts.mean()  # what a plain score would have kept
+
+
+def test_the_most_confident_of_equal_texts_are_kept(tmp_path):
+    writer = LabelWriter(tmp_path, KEY, 1)
+    texts = ['yes', 'no', 'yes', 'yes', 'no', 'well']
+    confidence = [0.5, 0.9, 0.7, 0.7, 0.1, 0.2]
+    columns = {'id': list('abcdef'), 'text': texts, 'tokens': [[3]] * 6, 'score': [-1.0] * 6}
+    writer.write(0, columns | {'confidence': confidence, 'seconds': [1.0] * 6})
+    labels = writer.finish()
+    kept = [''.join(filter_labels(labels, {'kind': 'duplicates', 'times': n}).ids) for n in (1, 2)]
+    assert kept == ['bcf', 'bcdef']
+    steps = [{'kind': 'confidence', 'threshold': 0.6}, {'kind': 'duplicates', 'times': 1}]
+    result = filter_labels(labels, steps)
+    assert ''.join(result.ids) == 'bc'
+    assert [step['removed_rows'] for step in result.report] == [3, 1]
+
+
 @pytest.mark.parametrize(
     'step, message',
     [
@@ -239,6 +281,10 @@ def test_a_filter_reports_hours_and_reasons(labels):
         ({'kind': 'empty', 'words': 3}, 'words'),
         ({'kind': 'words_per_second', 'min': 4.0, 'max': 1.0}, 'above max'),
         ({'kind': 'repeats', 'times': 1}, 'times at least 2'),
+        ({'kind': 'duplicates', 'times': 0}, 'times is 0; it must be at least 1'),
+        ({'kind': 'normalised_score'}, 'either percentile or threshold'),
+        ({'kind': 'normalised_score', 'threshold': 0, 'fit': (1.0, 2.0)}, 'slope, intercept, dev'),
+        ({'kind': 'normalised_score', 'threshold': 0, 'fit': (1, 2, 0)}, 'a deviation above 0'),
         ([], 'at least one'),
     ],
 )
