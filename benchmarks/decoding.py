@@ -68,7 +68,7 @@ class Planted:
         found = [' '.join(map(str, t[:n])) for t, n in zip(tokens, counts, strict=True)]
         planted = [' '.join(map(str, reference)) for reference in self.references]
         counted = count_errors(planted, found)
-        return float(counted.errors.sum() / counted.reference_words.sum())
+        return float(counted.errors.sum()) / float(counted.reference_words.sum())
 
 
 def main() -> None:

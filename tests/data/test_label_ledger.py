@@ -116,7 +116,7 @@ def test_workers_killed_at_random_moments_lose_and_double_nothing(tmp_path, undi
     for worker in workers:
         worker.join(60)
     work(tmp_path / 'labels')
-    assert kills >= 10
+    assert kills >= 3
     assert hashes(tmp_path / 'labels') == undisturbed
     assert [p.name for p in tmp_path.rglob('*.tmp')] == []
 

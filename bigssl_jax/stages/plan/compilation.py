@@ -28,9 +28,10 @@ from bigssl_jax.stages import artefacts
 from bigssl_jax.stages.plan.step import Program
 
 CACHE_VERSION = 2  # raised whenever what is kept of a program changes its meaning
-# Efforts of the compiler, in its own unit.  A draft is there in a fifth of the time (BigSSL XL on
-# v5e-256: 35 s of CPU time for 175 s) and may take a little more memory (there: 2.8 %).
-FULL, DRAFT = 0.0, -1.0
+# Optimisation levels of the compiler; the first is its own choice.  A draft is there in a quarter of
+# the time (BigSSL XL on v5e-256: 47 s of CPU time for 175 s) and may take a little more memory
+# (there: 2.8 %).
+FULL, DRAFT = 'UNKNOWN', 'O1'
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 _SIZE = r'\(?([\d.]+)([KMGT]?)i?B?\)?'
 
@@ -91,7 +92,7 @@ def cache_directory(config: Mapping[str, Any]) -> pathlib.Path:
 
 
 def compile_program(
-    program: Program, limit: int, cache: pathlib.Path, effort: float = FULL
+    program: Program, limit: int, cache: pathlib.Path, effort: str = FULL
 ) -> Compiled:
     """Compiles `program`, or reads what was measured when it was compiled before.
 
@@ -116,16 +117,16 @@ def compile_program(
 
 
 @contextlib.contextmanager
-def _effort(effort: float) -> Iterator[None]:
-    before = jax.config.jax_exec_time_optimization_effort
-    jax.config.update('jax_exec_time_optimization_effort', effort)
+def _effort(effort: str) -> Iterator[None]:
+    before = jax.config.jax_optimization_level
+    jax.config.update('jax_optimization_level', effort)
     try:
         yield
     finally:
-        jax.config.update('jax_exec_time_optimization_effort', before)
+        jax.config.update('jax_optimization_level', before)
 
 
-def _name(text: str, program: Program, effort: float) -> str:
+def _name(text: str, program: Program, effort: str) -> str:
     """The hash of all that the measurements follow from."""
     devices = [(device.device_kind, device.id) for device in program.mesh.devices.flat]
     versions = [_version(package) for package in ('jaxlib', 'libtpu')]

@@ -223,7 +223,7 @@ class Question:
         """The stage's program on that mesh."""
         return stage_program(self.config, self.stage, self.mesh())
 
-    def compile(self, program: Program, what: str, effort: float) -> Compiled:
+    def compile(self, program: Program, what: str, effort: str) -> Compiled:
         """Compiles, or finds what was measured before."""
         self.report(f'{self.stage} on {self.where.name}: {what}')
         return compile_program(program, device_limit(self.where), self.cache, effort)
@@ -244,7 +244,7 @@ def device_limit(where: Topology) -> int:
     return where.chip.hbm_bytes // where.chip.devices_per_chip
 
 
-def plan_question(question: Question, effort: float = FULL) -> Plan:
+def plan_question(question: Question, effort: str = FULL) -> Plan:
     """The plan of a stage as it is configured.
 
     Args:
