@@ -28,8 +28,8 @@ from bigssl_jax.stages import artefacts
 from bigssl_jax.stages.plan.step import Program
 
 CACHE_VERSION = 2  # raised whenever what is kept of a program changes its meaning
-# Optimisation levels of the compiler; the first is its own choice.  A draft is there in a quarter of
-# the time (BigSSL XL on v5e-256: 47 s of CPU time for 175 s) and may take a little more memory
+# Optimisation levels of the compiler; the first is its own choice.  A draft takes a quarter of the
+# time (BigSSL XL on v5e-256: 47 s of CPU time for 175 s), the program perhaps a little more memory
 # (there: 2.8 %).
 FULL, DRAFT = 'UNKNOWN', 'O1'
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
