@@ -25,3 +25,18 @@ def test_transducer_loss(tmp_path):
     fused, reference = (forms[f'from frames: {form}'] for form in ('fused', 'reference'))
     assert abs(fused['loss'] - reference['loss']) < 1e-4 * reference['loss']
     assert fused['planned_mb'] < reference['planned_mb'] / 2
+
+
+@pytest.mark.slow
+def test_labelling_holds_no_more_memory_at_its_end(tmp_path):
+    written = tmp_path / 'result.json'
+    words = ['--utterances', '12000', '--part-utterances', '200', '--json', str(written)]
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / 'labelling.py'), *words],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(written.read_text())
+    assert (found['utterances'], found['parts']) == (12000, 60)
+    middle, end = (found['memory'][n]['megabytes'] for n in (2, 4))
+    assert end < middle + 30  # the audio of the second half is 57 MB
