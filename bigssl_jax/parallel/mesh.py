@@ -66,7 +66,11 @@ def make_mesh(axes: Mapping[str, int], devices: list | None = None) -> Mesh:
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
     if slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+        try:
+            return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+        except NotImplementedError:  # 4 x 8 x 8 chips are no 16 x 16 unless an axis is cut
+            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(np.asarray(grid), MESH_AXES, axis_types=types)
     grid = mesh_utils.create_hybrid_device_mesh(
         (1, *shape[1:]), (slices, 1, 1, 1), devices=devices, allow_split_physical_axes=True
     )

@@ -141,7 +141,7 @@ from bigssl_jax.parallel import use_mesh
 from bigssl_jax.parallel.topologies import (
     CHIPS, configure_ahead_of_time, topology, topology_devices, topology_names)
 configure_ahead_of_time()
-found = {'devices': {}, 'wrong': [], 'hbm': {}, 'stacks': {}}
+found = {'devices': {}, 'wrong': [], 'hbm': {}, 'stacks': {}, 'meshes': {}}
 
 names = topology_names() + ['2xv5e-256', '4xv5p-128', '2xtpu7x-128', 'v5p-12288', 'v5p:4x4x12']
 for name in names:
@@ -154,6 +154,10 @@ for name in names:
         found['wrong'].append(name)
     if len(slices) != topology(name).slices or len(devices) != topology(name).devices:
         found['wrong'].append(name)
+
+for name in ('v5e-256', 'v6e-256', 'v5p-128', 'v4-512'):
+    mesh = make_mesh({'data': -1, 'fsdp': 16}, topology_devices(topology(name)))
+    found['meshes'][name] = [mesh.shape['fsdp'], len({d.id for d in mesh.devices.flat})]
 
 for name in CHIPS:
     # A program too large for any: the compiler says how much it may use.
@@ -209,6 +213,17 @@ def test_libtpu_accepts_every_name_and_shows_the_devices_of_the_table(ahead_of_t
     assert found['devices']['v5p-128'] == 64
     assert found['devices']['tpu7x-128'] == 128
     assert found['devices']['2xv5e-256'] == 512
+
+
+@needs_libtpu
+def test_sixteen_shards_fit_every_pod_shape_that_is_planned(ahead_of_time):
+    """Also 4 x 8 x 8 chips, of which no sides make up 16 x 16."""
+    assert ahead_of_time[0]['meshes'] == {
+        'v5e-256': [16, 256],
+        'v6e-256': [16, 256],
+        'v5p-128': [16, 64],
+        'v4-512': [16, 256],
+    }
 
 
 @needs_libtpu
