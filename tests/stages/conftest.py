@@ -9,12 +9,16 @@ The recipe over it (`tone_experiment.py`) runs once per test session, in a proce
 way a user runs it; tests look at what it left behind.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -123,10 +127,23 @@ def done_files(workdir: pathlib.Path) -> dict[str, dict]:
     return {p.parent.name: json.loads(p.read_text()) for p in sorted(workdir.glob('*/done.json'))}
 
 
+@contextlib.contextmanager
+def shared_by_workers(tmp_path_factory) -> Iterator[pathlib.Path]:
+    """A folder that all workers of pytest-xdist have in common, while no other one uses it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
+    with (folder / 'tones.lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
 @pytest.fixture(scope='session')
 def recipe(tmp_path_factory) -> Recipe:
     """The tone experiment over a corpus written for this session."""
-    manifest = write_corpus(tmp_path_factory.mktemp('tones') / 'corpus')
+    with shared_by_workers(tmp_path_factory) as folder:
+        manifest = folder / 'tones' / 'manifest.jsonl'
+        if not manifest.exists():
+            write_corpus(folder / 'tones')
     return Recipe(manifest, pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR']) / 'tones')
 
 
@@ -142,8 +159,15 @@ class Finished:
 
 @pytest.fixture(scope='session')
 def finished(recipe, tmp_path_factory) -> Finished:
-    """The whole recipe, run once in a process of its own."""
+    """The whole recipe, run once in a process of its own; each worker has a copy of its workdir."""
     workdir = tmp_path_factory.mktemp('runs') / 'unbroken'
-    ended = recipe.run(workdir)
-    assert ended.returncode == 0, ended.stderr
-    return Finished(workdir, ended.stdout, ended.stderr, done_files(workdir))
+    with shared_by_workers(tmp_path_factory) as folder:
+        said = folder / 'unbroken.json'
+        if not said.exists():
+            ended = recipe.run(folder / 'unbroken')
+            assert ended.returncode == 0, ended.stderr
+            said.write_text(json.dumps([ended.stdout, ended.stderr]))
+    shutil.copytree(folder / 'unbroken', workdir)
+    out, err = json.loads(said.read_text())
+    out = out.replace(str(folder / 'unbroken'), str(workdir))
+    return Finished(workdir, out, err, done_files(workdir))
