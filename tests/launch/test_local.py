@@ -44,6 +44,8 @@ def local(world):
             text=True,
             env=world.environment(),
             start_new_session=True,
+            # Tests that run in the background may have inherited that Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(launcher)
         return launcher
