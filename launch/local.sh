@@ -20,7 +20,9 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 PROCESSES=2
 PORT=
 GRACE=60
-SIGNALS=0 # how many this script was sent
+SIGNALS=0  # how many this script was sent
+STARTING=1 # empty while all of the processes run and are in `pids`
+PENDING=() # signals sent meanwhile
 pids=()
 
 options() {
@@ -60,6 +62,7 @@ environment() {
 
 pass_on() {
   SIGNALS=$((SIGNALS + 1))
+  if [[ $STARTING ]]; then PENDING+=("$1") && return; fi
   [[ ! ${pids[*]-} ]] || kill -s "$1" "${pids[@]}" 2>/dev/null || true
 }
 
@@ -112,7 +115,7 @@ forget() {
 
 # One attempt: starts all processes, waits for them, sets `code`.
 attempt() {
-  local port=${PORT:-$(free_port)} number output printers=()
+  local port=${PORT:-$(free_port)} number output signal printers=()
   local -A numbers=()
   local -a variables
   pids=()
@@ -126,7 +129,13 @@ attempt() {
     numbers[$!]=$number
     exec {output}>&-
   done
+  STARTING=
+  for signal in ${PENDING[@]+"${PENDING[@]}"}; do
+    kill -s "$signal" "${pids[@]}" 2>/dev/null || true
+  done
+  PENDING=()
   wait_for_all
+  STARTING=1
   wait "${printers[@]}" || true
 }
 

@@ -24,6 +24,7 @@ from bigssl_jax.objectives.labelled import (
     check_fields,
     heard,
     heard_plainly,
+    labelled_health,
     labelled_summary,
     labelled_totals,
 )
@@ -110,14 +111,14 @@ class CTC:
 
     def health(self, summary: Mapping[str, float], step: int) -> str | None:
         """Advice when many utterances cannot be aligned, else None."""
-        if summary['invalid_fraction'] > self.max_invalid:
-            return (
-                f'{summary["invalid_fraction"]:.0%} of the utterances have more labels than '
-                f'frames or labels outside the vocabulary of {self.vocabulary_size} (allowed: '
-                f'ctc.max_invalid={self.max_invalid}); use a tokenizer with longer pieces, or '
-                'check that transcripts and tokenizer belong to this audio'
-            )
-        return None
+        return labelled_health(
+            summary,
+            'ctc',
+            self.max_invalid,
+            f'more labels than frames or labels outside the vocabulary of {self.vocabulary_size}',
+            'use a tokenizer with longer pieces, or check that transcripts and tokenizer belong to'
+            ' this audio',
+        )
 
 
 def ctc_valid(

@@ -92,6 +92,26 @@ def labelled_totals(
     }
 
 
+def labelled_health(
+    summary: Mapping[str, float], name: str, max_invalid: float, fault: str, cure: str
+) -> str | None:
+    """Advice when many utterances cannot be aligned, else None.
+
+    Args:
+      summary: from `labelled_summary`.
+      name: of the objective.
+      max_invalid: the largest share of the utterances that may be invalid.
+      fault, cure: what such utterances have, and what to do.
+    """
+    share = summary['invalid_fraction']
+    if share <= max_invalid:
+        return None
+    return (
+        f'{share:.0%} of the utterances have {fault} (allowed: {name}.max_invalid={max_invalid});'
+        f' {cure}'
+    )
+
+
 def labelled_summary(totals: Mapping[str, Any]) -> dict[str, float]:
     """loss (per weight), loss_per_label, loss_per_utterance, loss_per_frame, and invalid,
     invalid_fraction, frames_per_label, of `labelled_totals`."""

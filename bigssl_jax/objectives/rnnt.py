@@ -39,6 +39,7 @@ from bigssl_jax.objectives.labelled import (
     check_fields,
     heard,
     heard_plainly,
+    labelled_health,
     labelled_summary,
     labelled_totals,
 )
@@ -231,14 +232,13 @@ class RNNT:
 
     def health(self, summary: Mapping[str, float], step: int) -> str | None:
         """Advice when many utterances cannot be aligned, else None."""
-        if summary['invalid_fraction'] > self.max_invalid:
-            return (
-                f'{summary["invalid_fraction"]:.0%} of the utterances have no frames, or labels'
-                f' outside the vocabulary of {self.vocabulary_size} (allowed: {self.name}'
-                f'.max_invalid={self.max_invalid}); check that transcripts and tokenizer belong to'
-                ' this audio'
-            )
-        return None
+        return labelled_health(
+            summary,
+            self.name,
+            self.max_invalid,
+            f'no frames, or labels outside the vocabulary of {self.vocabulary_size}',
+            'check that transcripts and tokenizer belong to this audio',
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,6 @@ import collections
 import itertools
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import ml_collections
 import numpy as np
@@ -464,39 +462,3 @@ def test_a_damaged_shard_is_named_by_both_readers(corpus, tmp_path, harm):
         stream.batch(hit)
     with stream.batches(start=hit) as batches, pytest.raises(DataError, match=shard.name):
         next(batches)
-
-
-def test_closing_stops_reading(config):
-    stream = data.stream(config, 0)
-    batches = stream.batches()
-    next(batches)
-    batches.close()
-    with pytest.raises(StopIteration):
-        next(batches)
-    batches.close()
-
-
-def run_program(program: str) -> subprocess.CompletedProcess:
-    """Runs Python text in a process of its own."""
-    return subprocess.run(
-        [sys.executable, '-c', program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=pathlib.Path(__file__).parents[2],
-    )
-
-
-def test_a_program_that_forgets_to_close_still_ends(config):
-    program = f'from bigssl_jax import data; print(len(next(data.stream({config!r}, 0).batches())))'
-    run = run_program(program)
-    assert (run.returncode, run.stdout.strip()) == (0, '5'), run.stderr
-
-
-def test_planning_alone_imports_no_tensorflow(config):
-    program = (
-        f'import sys; from bigssl_jax import data; data.stream({config!r}, 0).batch(3);'
-        "print('tensorflow' in sys.modules, 'seqio' in sys.modules)"
-    )
-    run = run_program(program)
-    assert run.stdout.strip() == 'False False', run.stderr

@@ -109,7 +109,6 @@ def test_who_does_not_listen_is_killed(local, tmp_path):
 def test_a_signal_reaches_each_process_once(local, number):
     launcher = local('', wait=25)
     wait_for_line(launcher)
-    time.sleep(0.5)  # a process may speak before the launcher knows its number
     # As a terminal does it: Ctrl-C goes to the whole group in front.
     os.killpg(launcher.pid, number) if number == signal.SIGINT else launcher.send_signal(number)
     code, rest, err = finish(launcher)
@@ -117,6 +116,16 @@ def test_a_signal_reaches_each_process_once(local, number):
     assert code == 75  # and no restart: it was this script that was asked
     assert sorted(lines) == ['[0] saving', '[1] saving', '[2] saving']
     assert 'starting again' not in err
+
+
+def test_a_signal_while_processes_are_being_started_reaches_all(local):
+    launcher = local('', wait=40, options=('--processes', '40', '--grace', '60'))
+    wait_for_line(launcher, 1)
+    launcher.terminate()
+    code, _, err = finish(launcher)  # whoever is not told sleeps
+    # Some end before they can listen: bash and Python know the signal from the first moment.
+    assert code in {75, 128 + signal.SIGTERM}
+    assert 'killed' not in err
 
 
 def test_75_without_being_asked_starts_again_and_gives_up(local):

@@ -167,20 +167,26 @@ def test_the_identity_of_a_stage_holds_the_encoder_not_its_place(folder, tmp_pat
     assert schema.identity_of(schema.resolve(with_head), 'teacher') != identity(moved)
 
 
+def save_random(workdir, config, stage: str, trainer, tokenizer) -> tuple[dict, dict]:
+    """Saves random parameters as the model of stage 'base'; returns them and their statistics."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape, np.float32), nn.unbox(trainer.abstract_params)
+    )
+    statistics = {name: np.full(40, 2.5, np.float32) for name in ('feature_mean', 'feature_std')}
+    save_model(
+        workdir / 'base' / 'model', trainer.encoder, trainer.audio,
+        config['stages'][stage]['objectives'], params,
+        {'encoder': statistics, 'heads': {}}, tokenizer, 9,
+    )  # fmt: skip
+    return params, statistics
+
+
 def test_a_stage_starts_from_the_encoder_and_its_statistics_and_reports_every_name(tmp_path):
     mesh = make_mesh({'data': -1}, jax.devices()[:1])
     config = schema.resolve(experiment())
-    rng = np.random.default_rng(0)
     base = make_trainer(config, 'base', mesh, None)
-    earlier = jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape, np.float32), nn.unbox(base.abstract_params)
-    )
-    theirs = {name: np.full(40, 2.5, np.float32) for name in ('feature_mean', 'feature_std')}
-    save_model(
-        tmp_path / 'base' / 'model', base.encoder, base.audio,
-        config['stages']['base']['objectives'], earlier,
-        {'encoder': theirs, 'heads': {}}, None, 9,
-    )  # fmt: skip
+    earlier, theirs = save_random(tmp_path, config, 'base', base, None)
     context = types.SimpleNamespace(
         name='teacher', fields=config['stages']['teacher'], workdir=tmp_path,
         directory=tmp_path / 'teacher',
@@ -209,18 +215,9 @@ def test_a_head_comes_along_where_the_tokenizer_is_the_same(tmp_path):
     mesh = make_mesh({'data': -1}, jax.devices()[:1])
     config = schema.resolve(experiment())
     trainer = make_trainer(config, 'teacher', mesh, 12)
-    rng = np.random.default_rng(0)
-    earlier = jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape, np.float32), nn.unbox(trainer.abstract_params)
-    )
-    theirs = {name: np.full(40, 2.5, np.float32) for name in ('feature_mean', 'feature_std')}
     tokenizer = tmp_path / 'tokenizer.model'
     tokenizer.write_bytes(b'pieces')
-    save_model(
-        tmp_path / 'base' / 'model', trainer.encoder, trainer.audio,
-        config['stages']['teacher']['objectives'], earlier,
-        {'encoder': theirs, 'heads': {}}, tokenizer, 9,
-    )  # fmt: skip
+    earlier, theirs = save_random(tmp_path, config, 'teacher', trainer, tokenizer)
     context = types.SimpleNamespace(
         name='teacher', fields=config['stages']['teacher'] | {'init_heads': ('ctc',)},
         workdir=tmp_path, directory=tmp_path / 'teacher', tokenizer_path=tokenizer,

@@ -4,87 +4,26 @@ import dataclasses
 import json
 import os
 import pathlib
-import random
 import subprocess
 import sys
 
 import jax
 import pytest
+from plan_experiment import AXES, ONE, experiment, question, write_experiment
 
 from bigssl_jax import cli
 from bigssl_jax import config as config_lib
 from bigssl_jax.parallel.cost import count_flops
-from bigssl_jax.parallel.topologies import GIB, Chip, Topology
+from bigssl_jax.parallel.topologies import GIB
 from bigssl_jax.stages import schema
-from bigssl_jax.stages.plan import compilation, options, price, step, table
-from bigssl_jax.stages.plan.search import (
-    FINENESS,
-    Attempt,
-    Candidate,
-    bracket,
-    in_order,
-    mesh_candidates,
-    still_promising,
-)
+from bigssl_jax.stages.plan import compilation, price, step
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-CHIP = Chip('made-up', 1e12, GIB, 1e11, 4, 4e10, 4, 1e9, 1, 'nowhere')
-AXES = ('slice', 'data', 'fsdp', 'tensor')
-ONE = Topology('made-up-1', CHIP, (1,), 1)
-
-
-def experiment(**encoder) -> dict:
-    """Pre-training, fine-tuning and labelling with an encoder of a few thousand parameters."""
-    sources = {'a': {'selection': 'all'}}
-    stream = {'max_seconds': 1.0, 'batch_seconds': 9.0, 'max_labels': 8}
-    labelled = {'sources': {'a': {'selection': 'all', 'labels': 'text'}}, **stream}
-    return {
-        'name': 'small',
-        'corpora': {'c': {'manifest': 'nowhere.jsonl'}},
-        'selections': {'all': {'corpus': 'c'}},
-        'statistics': {'selection': 'all'},
-        'tokenizer': {'selection': 'all', 'vocabulary_size': 12},
-        'audio': {'num_mels': 20},
-        'compute': {'max_replicated': 1.0},
-        'encoder': {
-            'preset': 'tiny', 'num_layers': 2, 'model_dim': 16, 'num_heads': 2, 'kernel_size': 3,
-            'subsampling_channels': (2, 4), 'num_mels': 20, **encoder,
-        },
-        'stages': {
-            'pretrain': {
-                'kind': 'pretrain',
-                'objectives': {'rq': {'objective': 'best_rq', 'stream': 's', 'codebook_size': 16}},
-                'streams': {'s': {'sources': sources, **stream}},
-            },
-            'teacher': {
-                'kind': 'finetune', 'init_from': 'pretrain', 'streams': {'s': labelled},
-                'objectives': {'ctc': {'objective': 'ctc', 'stream': 's'}}, 'spec_augment': {},
-                'optimizer': {'ema_decay': 0.99},
-            },
-            'labels': {
-                'kind': 'pseudo_label', 'teacher': 'teacher', 'selection': 'all',
-                'batch_seconds': 9.0,
-            },
-        },
-        'recipe': ('pretrain', 'teacher', 'labels'),
-    }  # fmt: skip
-
-
-def question(tmp_path, stage: str, where: Topology = ONE, **changes) -> price.Question:
-    """A question about the experiment above on one CPU device."""
-    config = step.changed(schema.resolve(experiment()), changes)
-    return price.Question(config, stage, where, jax.devices()[:1], tmp_path, lambda text: None)
 
 
 @pytest.fixture
 def experiment_file(tmp_path) -> pathlib.Path:
-    """The experiment above as a file."""
-    path = tmp_path / 'experiment.py'
-    path.write_text(
-        'import ml_collections\n'
-        f'def get_config():\n    return ml_collections.ConfigDict({experiment()!r})\n'
-    )
-    return path
+    return write_experiment(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -94,7 +33,7 @@ SAME = """
 import json, re, sys
 sys.path.insert(0, {here!r})
 import jax, numpy as np
-from test_plan import experiment
+from plan_experiment import experiment
 from bigssl_jax.audio import AudioConfig
 from bigssl_jax.decoding.fusion import make_fusion
 from bigssl_jax.parallel import make_mesh, replicated, use_mesh
@@ -322,150 +261,12 @@ def test_another_complaint_is_not_taken_for_a_lack_of_memory():
         compilation.out_of_memory('INTERNAL: Mosaic failed to compile TPU kernel (15.75G)')
 
 
-# ---------------------------------------------------------------------------------------------
-# search
-
-
-@pytest.mark.parametrize('seed', range(60))
-def test_the_bracket_finds_the_largest_batch_with_few_dear_attempts(seed):
-    """Against a memory curve that is not a line; only attempts that fit are dear."""
-    rng = random.Random(seed)
-    room, base = 1000, rng.randrange(0, 1100)
-    slope, bend = rng.uniform(0.3, 300), rng.choice([0.0, 0.001, 0.3])
-    tried = []
-
-    def attempt(units: int) -> Attempt:
-        needed = int(base + slope * units + bend * units**2)
-        tried.append(units)
-        return Attempt(units, needed <= room, needed, room)
-
-    low, high = bracket(attempt, rng.randrange(1, 200))
-    fitting = [
-        units for units in range(1, 4000) if base + slope * units + bend * units**2 < room + 1
-    ]
-    assert (low is None) == (not fitting)
-    assert high is not None and not high.fits
-    if low is None:
-        assert high.units == 1
-    else:
-        assert low.fits and low.units <= fitting[-1] < high.units
-        assert high.units - low.units <= max(1, low.units // FINENESS)
-    assert len(tried) == len(set(tried)) <= 12
-    assert sum(units in fitting for units in tried) <= 5
-
-
-def test_mesh_candidates_use_every_device_once():
-    found = list(mesh_candidates(16, 2))
-    assert all(axes['data'] * axes['fsdp'] * axes['tensor'] == 16 for axes in found)
-    assert {axes['fsdp'] for axes in found if axes['tensor'] == 1} == {1, 2, 4, 8, 16}
-    assert {axes['tensor'] for axes in found} == {1, 2, 4}
-    assert {axes['slice'] for axes in found} == {2}
-    assert len({tuple(axes.values()) for axes in found}) == len(found)
-
-
-def test_candidates_whose_state_does_not_fit_are_not_tried():
-    def candidate(fsdp: int, tensor: int, state: int, bound: float) -> Candidate:
-        return Candidate({'data': 1, 'fsdp': fsdp, 'tensor': tensor}, 'full', state, bound)
-
-    few, usual, dear = candidate(2, 1, 50, 3.0), candidate(16, 1, 9, 3.0), candidate(16, 2, 5, 3.0)
-    assert in_order([dear, few, usual], available=40) == [usual, dear]
-    assert still_promising(usual, best=2.0)
-    assert not still_promising(usual, best=3.0)
-
-
-# ---------------------------------------------------------------------------------------------
-# options
-
-
-@pytest.fixture
-def compiler(monkeypatch):
-    """In the compiler's place: (bytes it would need of a program, given its rows) is put in."""
-
-    def install(needed):
-        def compiled(program, limit, cache, effort):
-            wanted = needed(program, max(batch.rows for batch in program.batches.values()))
-            fits = wanted <= limit
-            memory = compilation.Memory(0, 0, 0, 0, 0, wanted) if fits else None
-            return compilation.Compiled(fits, memory, wanted, limit, '', (), 1.0, 0.0)
-
-        monkeypatch.setattr(price, 'compile_program', compiled)
-
-    return install
-
-
-def test_the_largest_batch_is_named_by_the_fields_that_make_it(tmp_path, compiler):
-    compiler(lambda program, rows: 10**8 + 2 * 10**7 * rows)
-    largest, changed = options.find_largest(question(tmp_path, 'labels'))
-    room = (GIB - 10**8) // (2 * 10**7)  # 48 rows
-    assert room * 8 / 9 - 1 <= largest.rows <= room < largest.refused_rows
-    assert price.plan_question(changed).batches['labels'].rows == largest.rows
-    assert set(largest.changes) == {'stages.labels.batch_seconds'}
-
-
 def test_a_language_model_that_is_not_counted_is_told(tmp_path):
     with_lm = {'kind': 'beam', 'ngram': 'some.arpa', 'ngram_weight': 0.3}
     config = schema.resolve(experiment())
     assert not any('language model' in text for text in price.assumptions(config, 'labels'))
     config['stages']['labels']['decoder'] |= with_lm
     assert any('language model' in text for text in price.assumptions(config, 'labels'))
-
-
-def test_remedies_are_the_mildest_changes_of_each_kind_that_fit(tmp_path, compiler, monkeypatch):
-    """A compiler for which every policy keeps half of the last one, and pieces divide the rest."""
-    kept, asked = {'none': 8, 'dots': 4, 'block': 2, 'full': 1}, question(tmp_path, 'teacher')
-    asked = asked.change({'encoder.remat': 'none'})
-    compile_real = price.Question.compile
-
-    def compile_noted(self, program, what, effort):
-        share = kept[self.config['encoder']['remat']]
-        share /= self.config['stages']['teacher']['optimizer']['micro_batches']
-        compiler(lambda program, rows: int(0.9 * GIB * share * rows / 8))
-        return compile_real(self, program, what, effort)
-
-    monkeypatch.setattr(price.Question, 'compile', compile_noted)
-    assert not price.plan_question(asked).fits
-    found = options.remedies(asked)
-    assert {'encoder.remat': 'full'} in found
-    assert {'stages.teacher.optimizer.micro_batches': 8} in found
-    (batch,) = [changes for changes in found if 'stages.teacher.streams.s.batch_seconds' in changes]
-    config = step.changed(asked.config, batch)
-    assert step.stage_batches(config, 'teacher', asked.mesh())['s'].rows == 1
-    assert len(found) == 3
-
-
-def test_a_plan_that_nothing_helps_says_so(tmp_path, compiler):
-    compiler(lambda program, rows: 2 * GIB)
-    assert options.remedies(question(tmp_path, 'labels')) == ()
-
-
-def test_the_search_returns_the_fastest_that_fits_first(tmp_path, compiler):
-    compiler(lambda program, rows: 10**8 + 2 * 10**7 * rows)
-    told = []
-    found = options.search(question(tmp_path, 'labels'), lambda *words: told.append(words))
-    assert found[0].plan.fits
-    assert found[0].speed == max(item.speed for item in found)
-    assert found[0].plan.batches['labels'].rows > 40
-    assert told[-1][:2] == (1, 1)
-
-
-@pytest.mark.slow
-def test_the_tpu_compiler_refuses_and_the_remedy_fits(experiment_file, tmp_path, capsys):
-    """The real thing: a batch of months of audio on four v5e, and the largest that it takes."""
-    cache = f'--config.compute.compilation_cache={tmp_path}'
-    words = ['--topology', 'v5e-4', '--stage', 'labels', cache, '--json', str(tmp_path / 'plan')]
-    words += ['--config.stages.labels.batch_seconds=4e8']
-    done = subprocess.run(
-        [sys.executable, '-m', 'bigssl_jax', 'plan', '--config', str(experiment_file), *words],
-        capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert 'DOES NOT FIT' in done.stdout and 'CompileTimeHbmOom' in done.stdout
-    (made,) = json.loads((tmp_path / 'plan').read_text())['plans']
-    assert made['limit'] == int(15.75 * GIB) < made['needed']
-    (remedy,) = made['remedies']
-    config = step.changed(schema.resolve(experiment()), remedy)
-    rows = step.stage_batches(config, 'labels', jax.sharding.AbstractMesh((1, 4, 1, 1), AXES))
-    assert rows['labels'].rows > 1000
 
 
 # ---------------------------------------------------------------------------------------------
@@ -512,39 +313,3 @@ def test_a_recipe_without_a_stage_to_plan_is_told_so():
     config = schema.resolve({**experiment(), 'recipe': ()})
     with pytest.raises(config_lib.ConfigError, match='no stage of it is of kind pretrain'):
         step.plannable_stages(config)
-
-
-def test_tables_fit_80_columns_and_every_figure_has_its_unit(
-    tmp_path, compiler, capsys, monkeypatch
-):
-    monkeypatch.setenv('COLUMNS', '80')
-    compiler(lambda program, rows: 10**8)
-    mesh = {'slice': 2, 'data': 16, 'fsdp': 16, 'tensor': 1}
-    sent = (
-        price.Traffic(('fsdp',), {'all-gather': 3e10, 'reduce-scatter': 1e10}, 4e10, 3.9e10),
-        price.Traffic(('data', 'fsdp'), {'all-reduce': 2e6}, 2e6, None),
-    )
-    made = dataclasses.replace(
-        price.plan_question(question(tmp_path, 'teacher')),
-        experiment='bigssl-g-ps', topology='2xv5e-256', chip='v5e', chips=512, devices=512,
-        parameters=7_832_342_816, mesh=mesh, traffic=sent, limit=int(15.75 * GIB),
-        pass_hours=900_000.0, model_flops=1.84e17, hardware_flops=2.45e17,
-        largest=price.Largest(12_288, 24.0, {}, 15 * GIB, 13_312),
-    )  # fmt: skip
-    refused = dataclasses.replace(
-        made, fits=False, memory=None, roofline=None, needed=99 * GIB, largest=None,
-        complaint='RESOURCE_EXHAUSTED: ...', remedies=({'encoder.remat': 'full'},),
-    )  # fmt: skip
-    for each in (made, refused):
-        table.print_plan(each)
-    table.print_found(made, [options.Found({'encoder.remat': 'dots'}, made)])
-    table.print_summary([made, refused])
-    text = capsys.readouterr().out
-    long = [line for line in text.splitlines() if len(line.rstrip()) > 80]
-    assert not long
-    for told in (
-        'slice 2 x data 16 x fsdp 16', '7,832,342,816', '184 PFLOP a step', '+33.2%', 'at most',
-        '12,288 rows (24 a device)', '1.03', 'DOES NOT FIT', '--config.encoder.remat=full',
-        '99.00 GiB of 15.75 GiB',
-    ):  # fmt: skip
-        assert told in text
