@@ -118,6 +118,10 @@ def _add_run(verbs: Any) -> None:
         '--stages', metavar='A,B', help='run only these stages, in the order of the recipe'
     )
     verb.add_argument(
+        '--accept', metavar='A,B',
+        help='let the training of these stages go on though config, corpora or tokenizer changed',
+    )  # fmt: skip
+    verb.add_argument(
         '--check', action='store_true', help='resolve the config, print its hash, run nothing'
     )
 
@@ -172,7 +176,9 @@ def _run_recipe(options: argparse.Namespace) -> dict[str, Any]:
     config = _load_experiment(options)
     schema.resolve(config)  # what the overrides made of it, before anything is written
     artefacts.check_writable(options.workdir)
-    result = run_recipe(config, options.workdir, stages=_stage_names(options))
+    result = run_recipe(
+        config, options.workdir, _stage_names(options.stages), _stage_names(options.accept) or ()
+    )
     if not is_primary():
         return result
     print_result_table(options.workdir)
@@ -188,15 +194,15 @@ def _check_run(options: argparse.Namespace) -> dict[str, Any]:
     from bigssl_jax.stages.recipe import wanted_stages
 
     resolved = schema.resolve(_load_experiment(options))
-    stages = wanted_stages(resolved, _stage_names(options))
+    stages = wanted_stages(resolved, _stage_names(options.stages))
     digest = config_hash(resolved)
     print(f'{resolved["name"]}: config {digest} is in order; stages: {", ".join(stages)}')
     return {'name': resolved['name'], 'config_hash': digest, 'stages': stages}
 
 
-def _stage_names(options: argparse.Namespace) -> list[str] | None:
-    """The names in `--stages`, or None for the whole recipe."""
-    return [name for name in options.stages.split(',') if name] if options.stages else None
+def _stage_names(words: str | None) -> list[str] | None:
+    """The names in a list with commas, or None."""
+    return [name for name in words.split(',') if name] if words else None
 
 
 def _load_experiment(options: argparse.Namespace) -> Any:

@@ -7,9 +7,11 @@
 
 A rerun of a finished stage is a no-op; an unfinished one continues; one whose identity differs from
 `stage.json` is refused, because the files beside it belong to another experiment.  Where a stage
-failed before it made anything, there are none, and a mended config takes the folder over.
+failed before it made anything, there are none, and a mended config takes the folder over.  Training
+that shall go on all the same is accepted by name; `accepted.jsonl` says what had changed.
 """
 
+import datetime
 import hashlib
 import json
 import os
@@ -110,6 +112,30 @@ def claim(directory: pathlib.Path, identity: Mapping[str, Any]) -> None:
     check(directory, identity)
     if not (directory / 'stage.json').exists() or _is_empty(directory):
         write_json(directory / 'stage.json', identity)
+
+
+def accept(directory: pathlib.Path, identity: Mapping[str, Any]) -> None:
+    """Takes a folder that another config began as one of this identity, and notes what changed."""
+    old = read_json(directory / 'stage.json')
+    if old is not None:
+        fields = differences(old, json.loads(json.dumps(identity)))
+        if fields:
+            note_accepted(directory, {'changed': fields})
+    write_json(directory / 'stage.json', identity)
+
+
+def note_accepted(directory: pathlib.Path, what: Mapping[str, Any]) -> None:
+    """Appends a line to the stage's accepted.jsonl."""
+    at = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    with (directory / 'accepted.jsonl').open('a') as file:
+        file.write(json.dumps({'at': at, **what}) + '\n')
+
+
+def accepted_checkpoints(directory: pathlib.Path) -> list[dict[str, str]]:
+    """The identities of checkpoints that were accepted in the stage's folder."""
+    path = directory / 'accepted.jsonl'
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line['checkpoint'] for line in map(json.loads, lines) if 'checkpoint' in line]
 
 
 def check(directory: pathlib.Path, identity: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ class Context:
       mesh: devices.
       stop: set when a signal has asked for a stop; long loops look at it.
       later_audio_seconds: audio that later stages will train on.
+      accept: go on with checkpoints of another config, corpus or tokenizer.
     """
 
     config: Mapping[str, Any]
@@ -34,6 +35,7 @@ class Context:
     mesh: jax.sharding.Mesh
     stop: StopRequest
     later_audio_seconds: float = 0.0
+    accept: bool = False
 
     @property
     def fields(self) -> Mapping[str, Any]:

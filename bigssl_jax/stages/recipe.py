@@ -45,7 +45,10 @@ SEEN_SECONDS = 60.0  # a network file system may show another machine's file tha
 
 
 def run_recipe(
-    config: Any, workdir: str | os.PathLike, stages: Sequence[str] | None = None
+    config: Any,
+    workdir: str | os.PathLike,
+    stages: Sequence[str] | None = None,
+    accept: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Runs an experiment's stages, or those named, and returns a summary.
 
@@ -53,6 +56,8 @@ def run_recipe(
       config: the experiment, a ConfigDict or a mapping.
       workdir: its folder; made when missing.
       stages: only these (their inputs must be done); default: the whole recipe.
+      accept: stages whose training goes on though their config, corpora or tokenizer are not those
+        it began with.
 
     Returns:
       {'name', 'workdir', 'config_hash', 'stages': {stage: results}, 'ran': stages that had work};
@@ -66,7 +71,10 @@ def run_recipe(
     workdir = pathlib.Path(workdir).absolute()
     wanted = wanted_stages(resolved, stages)
     _check_same({'config': config_hash(resolved), '--stages': wanted, '--workdir': str(workdir)})
-    contexts = {name: check_folder(resolved, workdir, name) for name in wanted}
+    _check_same({'--accept': list(accept)})
+    for name in accept:
+        _check_acceptable(resolved, workdir, wanted, name)
+    contexts = {name: check_folder(resolved, workdir, name, accept) for name in wanted}
     if is_primary():
         artefacts.write_json(
             workdir / 'config.json',
@@ -126,13 +134,34 @@ def wanted_stages(config: Mapping[str, Any], stages: Sequence[str] | None) -> li
     return [name for name in recipe if not stages or name in stages]
 
 
-def check_folder(config: Mapping[str, Any], workdir: pathlib.Path, name: str) -> dict[str, Any]:
+def _check_acceptable(
+    config: Mapping[str, Any], workdir: pathlib.Path, wanted: Sequence[str], name: str
+) -> None:
+    """Refuses `--accept` of what is no unfinished training."""
+    trains = [
+        stage for stage in wanted if stage != 'prepare' and 'steps' in config['stages'][stage]
+    ]
+    if name not in trains:
+        raise ConfigError(
+            f'--accept {name}: allowed are the stages of this command that train:'
+            f' {", ".join(trains) or "none"}'
+        )
+    if artefacts.read_done(workdir / name):
+        raise ConfigError(
+            f'--accept {name}: {workdir / name} is finished; delete it to make it again'
+        )
+
+
+def check_folder(
+    config: Mapping[str, Any], workdir: pathlib.Path, name: str, accept: Sequence[str] = ()
+) -> dict[str, Any]:
     """Refuses a folder of another config, and a shared encoder that does not fit."""
     check_shared_encoder(config, name)
-    artefacts.check(workdir / name, schema.identity_of(config, name))
+    if name not in accept:
+        artefacts.check(workdir / name, schema.identity_of(config, name))
     if workdir.exists() and not os.access(workdir, os.W_OK):
         raise UserError(f'--workdir {workdir} is read-only; name a folder that can be written')
-    return {'config': config, 'workdir': workdir, 'name': name}
+    return {'config': config, 'workdir': workdir, 'name': name, 'accept': name in accept}
 
 
 def _check_same(given: Mapping[str, Any]) -> None:
@@ -190,11 +219,14 @@ def _announce(config: Mapping[str, Any], pending: Sequence[str], wanted: Sequenc
 
 def _run_stage(given: Mapping[str, Any]) -> None:
     name, config, workdir = given['name'], given['config'], given['workdir']
-    context = Context(config, name, workdir, given['mesh'], given['stop'], given['later'])
+    context = Context(
+        config, name, workdir, given['mesh'], given['stop'], given['later'], given['accept']
+    )
     inputs = {}
     if is_primary():
         inputs = {} if name == 'prepare' else inputs_of(context)
-        artefacts.claim(context.directory, context.identity)
+        take = artefacts.accept if context.accept else artefacts.claim
+        take(context.directory, context.identity)
     barrier(f'{name} begins')
     kind = 'prepare' if name == 'prepare' else context.fields['kind']
     before = (artefacts.read_json(context.directory / 'elapsed.json') or {'seconds': 0.0})[

@@ -30,7 +30,7 @@ from bigssl_jax.stages.context import Context
 from bigssl_jax.stages.model import load_model, save_model
 from bigssl_jax.stages.schema import make_objective, training_audio_seconds
 from bigssl_jax.stages.shared_encoder import is_path
-from bigssl_jax.training.checkpoint import Checkpointer, Keep
+from bigssl_jax.training.checkpoint import TREE, Checkpointer, Keep, tree_hash
 from bigssl_jax.training.guard import GuardSettings
 from bigssl_jax.training.initialise import match_parameters, only
 from bigssl_jax.training.loop import LoopSettings, Run, train
@@ -97,15 +97,11 @@ def run_training(
     if trainer.encoder is not None:
         statistics = {k: np.asarray(v) for k, v in np.load(context.statistics_path).items()}
     streams = (open_streams or _open_streams)(context)
-    checkpointer = Checkpointer(
-        context.directory / 'checkpoints',
-        keep=Keep(
-            fields['keep'],
-            fields['keep_every'],
-            fields['keep_best'],
-            'dev_wer' if trainer.encoder else 'dev_loss',
-        ),
-        identity={'config': context.identity_hash()}
+    abstract_state = trainer.abstract_state(statistics)
+    checkpointer = _checkpointer(
+        context,
+        'dev_wer' if trainer.encoder else 'dev_loss',
+        {'config': context.identity_hash(), TREE: tree_hash(abstract_state)}
         | {f'stream of {name}': s.fingerprint for name, s in streams.items()},
     )
     try:
@@ -121,7 +117,7 @@ def run_training(
                 guard=GuardSettings(**fields['divergence']),
             ),
             lambda: _first_state(context, trainer, statistics),
-            trainer.abstract_state(statistics),
+            abstract_state,
             checkpointer,
             context.stop,
             tensorboard=context.config['compute']['tensorboard'],
@@ -149,6 +145,24 @@ def run_training(
         'excluded': {name: s.excluded for name, s in streams.items()},
     }
     return outputs, results
+
+
+def _checkpointer(context: Context, metric: str, identity: Mapping[str, str]) -> Checkpointer:
+    """The stage's checkpoints; with `--accept`, those made from something else too."""
+    fields = context.fields
+    checkpointer = Checkpointer(
+        context.directory / 'checkpoints',
+        Keep(fields['keep'], fields['keep_every'], fields['keep_best'], metric),
+        identity,
+        artefacts.accepted_checkpoints(context.directory),
+    )
+    for step, other in checkpointer.accept().items() if context.accept else ():
+        changed = artefacts.differences(other, identity)
+        say(f'{context.name}: step {step} is accepted (accepted.jsonl): {"; ".join(changed)}')
+        if is_primary():
+            line = {'step': step, 'checkpoint': other, 'changed': changed}
+            artefacts.note_accepted(context.directory, line)
+    return checkpointer
 
 
 def _exported(

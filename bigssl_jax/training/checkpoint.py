@@ -3,7 +3,7 @@
 One checkpoint holds the TrainState (parameters, optimizer, EMA, step, constants such as the BEST-RQ
 projection and codebooks), the cursor (how many batches were passed over, by what factor the rates
 are lowered), and a small JSON of identities: the config's hash, the fingerprints of the streams,
-the tokenizer's hash.  Random keys follow from the seed and the step, and so does the order of the
+the tree of arrays.  Random keys follow from the seed and the step, and so does the order of the
 data, so neither has state to save.
 
 A checkpoint records the fingerprint of its state.  One that cannot be read, or reads as other bits,
@@ -16,11 +16,12 @@ What was saved from one mesh, by any number of processes, is restored onto anoth
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +36,8 @@ from bigssl_jax.parallel.fingerprint import fingerprint
 CHUNK_BYTES = 16 * 2**20
 # Beside the identity in its JSON: the cursor, and the fingerprint of the state.
 RECORD = 'saved'
+# Of an identity: without the same arrays nothing can go on.
+TREE = 'tree of arrays'
 
 
 class CheckpointError(UserError):
@@ -43,6 +46,15 @@ class CheckpointError(UserError):
 
 class Damaged(CheckpointError):
     """A checkpoint cannot be read, or holds other bits than were saved."""
+
+
+def tree_hash(abstract_state: Any) -> str:
+    """A hash of the names, shapes and dtypes of a state's arrays."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_state)
+    text = '\n'.join(
+        f'{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}' for path, leaf in leaves
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +97,22 @@ class Checkpointer:
       directory: where they live; created when missing.
       keep: which of them stay.
       identity: values that must be equal when training continues, e.g. {'config': hash}.
+      accepted: other identities whose checkpoints may be continued.
 
     Raises:
       CheckpointError: the directory cannot be written.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: Keep, identity: Mapping[str, str]):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        keep: Keep,
+        identity: Mapping[str, str],
+        accepted: Sequence[Mapping[str, str]] = (),
+    ):
         self.directory = pathlib.Path(directory).absolute()
         self._identity, self._metric = dict(identity), keep.metric
+        self._accepted = [dict(other) for other in accepted]
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -153,14 +173,14 @@ class Checkpointer:
           CheckpointError: it belongs to another config, corpus or tokenizer.
           Damaged: it cannot be read, or holds other bits than were saved.
         """
-        identity = self._read(step, 'identity', ocp.args.JsonRestore())
-        record = identity.get(RECORD, {})
+        identity, record = self._identity_of(step)
+        accepted = identity in self._accepted
         for name, value in self._identity.items():
-            if identity.get(name) != value:
+            if identity.get(name) != value and not (accepted and name != TREE):
+                cure = '' if name == TREE else ', or go on with what is there now (--accept STAGE)'
                 raise CheckpointError(
-                    f'{self.directory}/{step} was made with another {name}'
-                    f' ({identity.get(name)}, now {value}); use another workdir,'
-                    ' or restore what changed'
+                    f'{self.directory}/{step} was made with another {name} ({identity.get(name)},'
+                    f' now {value}); use another workdir, restore what changed{cure}'
                 )
         state = self._read(step, 'state', ocp.args.StandardRestore(abstract_state))
         if record.get('state') != fingerprint(state):
@@ -168,6 +188,29 @@ class Checkpointer:
                 f'{self.directory}/{step} is damaged: it holds other bits than were saved'
             )
         return state, record.get('cursor') or {}
+
+    def accept(self) -> dict[int, dict[str, str]]:
+        """Lets training continue from the checkpoints that are there, whatever they were made with.
+
+        Returns:
+          The identities, by step, that were not accepted before.
+        """
+        new = {}
+        for step in self.steps():
+            try:
+                identity, _ = self._identity_of(step)
+            except Damaged:
+                continue  # told and set aside when it is its turn
+            if identity != self._identity and identity not in self._accepted:
+                self._accepted.append(identity)
+                new[step] = identity
+        return new
+
+    def _identity_of(self, step: int) -> tuple[dict[str, str], dict[str, Any]]:
+        """What a checkpoint was made with, and its record."""
+        found = dict(self._read(step, 'identity', ocp.args.JsonRestore()))
+        record = found.pop(RECORD, {})
+        return found, record
 
     def _read(self, step: int, item: str, how: Any) -> Any:
         """One item of a checkpoint; all processes fail together."""

@@ -1,5 +1,6 @@
 """The whole recipe on tone speech: it learns, says what it made, and never does work twice."""
 
+import copy
 import json
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from bigssl_jax import config as config_lib
 from bigssl_jax.config import ConfigError, UserError
 from bigssl_jax.parallel.fingerprint import fingerprint
-from bigssl_jax.stages import artefacts
+from bigssl_jax.stages import artefacts, training_stage
 from bigssl_jax.stages.model import load_model
 from bigssl_jax.stages.recipe import run_recipe
 from bigssl_jax.stages.transcribe import transcribe_command
@@ -181,6 +182,38 @@ def test_transcribe_without_a_transcript_head_or_a_readable_file_is_a_user_error
         transcribe_command(str(finished.workdir / 'pretrain'), [str(tmp_path / 'a.wav')])
     with pytest.raises(UserError, match='none of the files'):
         transcribe_command(str(finished.workdir / 'teacher'), [str(tmp_path / 'a.wav')])
+
+
+def test_training_goes_on_with_what_has_changed_where_that_is_accepted(
+    finished, config, tmp_path, monkeypatch
+):
+    for name in ('prepare', 'corpora', 'tokenizer'):
+        shutil.copytree(finished.workdir / name, tmp_path / name)
+    stages, fields = ['prepare', 'supervised'], config['stages']['supervised']
+    fields['steps'], fields['log_every'], fields['eval_every'] = 4, 1, 0
+    with monkeypatch.context() as patch:
+        patch.setattr(training_stage, 'save_model', lambda *arguments: pytest.fail('stopped here'))
+        with pytest.raises(pytest.fail.Exception, match='stopped here'):
+            run_recipe(config, tmp_path, stages)
+    before, config = config, copy.deepcopy(config)
+    fields = config['stages']['supervised']
+    fields['steps'] = 7
+    fields['streams']['mix']['batch_seconds'] *= 2
+    with pytest.raises(ConfigError, match='made by another config .*steps: 4 -> 7.*batch_seconds'):
+        run_recipe(config, tmp_path, stages)
+    with pytest.raises(ConfigError, match='--accept prepare: allowed .* that train: supervised'):
+        run_recipe(config, tmp_path, stages, accept=['prepare'])
+    assert run_recipe(config, tmp_path, stages, accept=['supervised'])['ran'] == ['supervised']
+    lines = (tmp_path / 'supervised' / 'metrics.jsonl').read_text().splitlines()
+    assert [json.loads(line)['step'] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
+    notes = (tmp_path / 'supervised' / 'accepted.jsonl').read_text().splitlines()
+    fields_noted, *checkpoints_noted = map(json.loads, notes)
+    assert any('batch_seconds' in field for field in fields_noted['changed'])
+    assert checkpoints_noted[0]['step'] == 4
+    assert any('stream of ctc' in field for field in checkpoints_noted[0]['changed'])
+    assert run_recipe(config, tmp_path, stages)['ran'] == []
+    with pytest.raises(ConfigError, match='supervised is finished; delete it'):
+        run_recipe(before, tmp_path, stages, accept=['supervised'])
 
 
 def test_a_finished_stage_whose_input_was_made_anew_is_refused(finished, recipe, config, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bigssl_jax.parallel.fingerprint import fingerprint
-from bigssl_jax.training.checkpoint import Checkpointer, CheckpointError, Keep
+from bigssl_jax.training.checkpoint import TREE, Checkpointer, CheckpointError, Keep, tree_hash
 from bigssl_jax.training.state import TrainState
 
 IDENTITY = {'config': 'c0ffee', 'stream of ctc': 'feed'}
@@ -46,8 +46,8 @@ def open_checkpointer(tmp_path):
     """Opens checkpointers of one folder, and closes them at the end."""
     opened = []
 
-    def open_one(keep=2, identity=IDENTITY):
-        opened.append(Checkpointer(tmp_path / 'checkpoints', Keep(keep), identity))
+    def open_one(keep=2, identity=IDENTITY, accepted=()):
+        opened.append(Checkpointer(tmp_path / 'checkpoints', Keep(keep), identity, accepted))
         return opened[-1]
 
     yield open_one
@@ -108,6 +108,25 @@ def test_another_identity_is_refused_by_name_and_values(open_checkpointer, name)
         other.restore(4, abstract(make_state(4)))
     for told in (f'another {name}', IDENTITY[name], 'other', 'use another workdir'):
         assert told in str(refusal.value)
+
+
+def test_another_identity_can_be_accepted_but_no_other_arrays(open_checkpointer):
+    shapes = {**IDENTITY, TREE: tree_hash(make_state(4))}
+    checkpointer = open_checkpointer(identity=shapes)
+    checkpointer.save(4, make_state(4))
+    checkpointer.wait()
+    grown = {**shapes, 'corpus': 'grown'}
+    other = open_checkpointer(identity=grown)
+    assert other.accept() == {4: shapes}
+    assert other.accept() == {}
+    assert fingerprint(other.restore(4, abstract(make_state(4)))[0]) == fingerprint(make_state(4))
+    # It stays accepted where the caller has kept it.
+    later = open_checkpointer(identity=grown, accepted=[shapes])
+    assert later.restore_newest(abstract(make_state(4)))[0] == 4
+    wide = open_checkpointer(identity={**grown, TREE: tree_hash({'wide': np.zeros(9)})})
+    wide.accept()
+    with pytest.raises(CheckpointError, match='another tree of arrays'):
+        wide.restore(4, abstract(make_state(4)))
 
 
 def test_an_unfinished_checkpoint_is_not_the_latest(open_checkpointer, tmp_path):
