@@ -47,6 +47,8 @@ INSTALL_REQUIRES = [
     'jinja2>=3.1.5,<4',
     'markupsafe>=3.0,<4',
     'matplotlib>=3.10,<4',
+    # the classifiers of probes
+    'scikit-learn>=1.7,<2',
 ]
 
 EXTRAS = {

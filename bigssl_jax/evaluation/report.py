@@ -18,7 +18,7 @@ from bigssl_jax.evaluation import curves, utterances
 from bigssl_jax.evaluation.figures import MAX_SERIES, Interval, Series, interval_chart, line_chart
 from bigssl_jax.evaluation.results_table import Row, comparisons, label_qualities, result_table
 from bigssl_jax.evaluation.score import p_text, percent, percent_interval
-from bigssl_jax.evaluation.workdir import Run, Stage, WorkdirError, flatten, read_run
+from bigssl_jax.evaluation.workdir import Run, Stage, WorkdirError, flatten, read_json, read_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,7 @@ def render(run: Run, audio: Callable[[str, str], bytes | None] | None, limits: L
             {'stage': name, 'quality': quality, 'charts': label_charts(quality)}
             for name, quality in label_qualities(run).items()
         ],
+        probes=probe_tables(run),
         sets=utterances.aligned_sets(run, rows, audio, limits.utterances, limits.audio_bytes),
         stage_differences=stage_differences(run),
         default_differences=default_differences(run),
@@ -187,6 +188,29 @@ def label_charts(quality: Mapping[str, Any]) -> list[dict[str, str]]:
         )
         charts.append({'title': title, 'note': '', 'svg': picture})
     return charts
+
+
+def probe_tables(run: Run) -> list[dict[str, Any]]:
+    """Per probe stage and task: the results of every model, and accuracy by layer on dev."""
+    tables = []
+    for stage in run.stages:
+        probes = read_json(stage.directory / 'probes.json') if stage.kind == 'probe' else None
+        order = ('log_mel', *stage.fields.get('models', ()))
+        for task, found_by in (probes or {}).items():
+            models = {name: found_by[name] for name in order}
+            lines = [
+                Series(name, range(len(found['layers'])), [x['dev'] for x in found['layers']],
+                       number % MAX_SERIES, dashed=len(found['layers']) == 1)
+                for number, (name, found) in enumerate(models.items())
+            ]  # fmt: skip
+            title = f'{task}: accuracy on dev by layer'
+            chart = line_chart(lines, title, 'layer', percent=True, markers=True)
+            tables.append(
+                {'name': f'{stage.name} / {task}', 'models': models, 'lines': lines, 'title': title,
+                 'field': stage.fields.get('tasks', {}).get(task, {}).get('field', task),
+                 'svg': chart}
+            )  # fmt: skip
+    return tables
 
 
 def stage_differences(run: Run) -> list[dict[str, Any]]:

@@ -47,8 +47,17 @@ class ConformerBlock(nn.Module):
         x = add(x, 1.0, attention(x, mask, distances, deterministic))
         x = add(x, 1.0, Convolution(config, name='convolution')(x, mask, deterministic))
         x = add(x, 0.5, FeedForward(config, name='ffn_out')(x, mask, deterministic))
+        x = LayerNorm(dtype=jnp.dtype(config.dtype), name='norm')(x)
+        if self.is_mutable_collection('layers') and not self.is_initializing():
+            self.sow('layers', 'mean', frame_mean(x, mask))
         # The second result is the scan's per-layer output; there is none.
-        return LayerNorm(dtype=jnp.dtype(config.dtype), name='norm')(x), None
+        return x, None
+
+
+def frame_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of x [B, T, D] over real frames: float32 [B, D], 0 where there are none."""
+    total = jnp.sum(zero_padding(x, mask), axis=1, dtype=jnp.float32)
+    return total / jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1.0)[:, None]
 
 
 def _remat_policy(name: str) -> Any:
@@ -70,7 +79,7 @@ def _stack(config: ConformerConfig) -> Any:
         )
     return nn.scan(
         block,
-        variable_axes={'params': 0},
+        variable_axes={'params': 0, 'layers': 0},
         split_rngs={'params': True, 'dropout': True},
         in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
         length=config.num_layers,
@@ -116,6 +125,17 @@ class Encoder(nn.Module):
             x = x + sinusoid(jnp.arange(frames), config.model_dim).astype(dtype)
         x, _ = self.blocks(constrain(x, RESIDUAL), mask4, distances, deterministic)
         return zero_padding(x, mask4).astype(jnp.float32)
+
+    def layer_means(self, features: jax.Array, mask: jax.Array) -> jax.Array:
+        """features [B, T, F], mask [B, T] -> float32 [B, L + 1, D], means over frames.
+
+        Layer 0 is the subsampled input, layer i what block i gives.  Only where the collection
+        'layers' is mutable, without dropout; training keeps nothing of it.
+        """
+        e, mask4 = self.subsample(features, mask)
+        self.context(e, mask4)
+        (means,) = self.blocks.variables['layers']['mean']
+        return jnp.concatenate([frame_mean(e, mask4)[:, None], jnp.swapaxes(means, 0, 1)], axis=1)
 
 
 def parameter_count(config: ConformerConfig) -> int:

@@ -92,6 +92,13 @@ class EncoderCall:
         """e [B, T4, D] -> frames [B, T4, D]: the Conformer blocks; `key` is for dropout."""
         return self._apply(key, e, mask, method='context')
 
+    def layer_means(self, features: jax.Array, mask: jax.Array) -> jax.Array:
+        """Features -> float32 [B, L + 1, D]: means over frames of e and of every block's frames."""
+        means, _ = self.encoder.apply(
+            {'params': self.params}, features, mask, method='layer_means', mutable='layers'
+        )
+        return means
+
     def _apply(self, key: jax.Array, x: jax.Array, mask: jax.Array, method: str | None) -> Any:
         rngs = {} if self.deterministic else {'dropout': key}
         return self.encoder.apply(

@@ -4,7 +4,7 @@
     selections   name -> which rows of a corpus
     tokenizer    trained on the texts of one selection
     stages       name -> fields of its kind (pretrain, finetune, language_model, pseudo_label,
-                 evaluate)
+                 evaluate, ngram, probe)
     recipe       the order in which the stages run; 'prepare' comes first by itself
 
 `resolve` lays an experiment's config over these defaults and checks what it refers to.
@@ -30,6 +30,7 @@ from bigssl_jax.stages.decoder_fields import (
     language_model_stages,
 )
 from bigssl_jax.stages.label_fields import FREE, PSEUDO_LABEL, check_labelling, check_top_k
+from bigssl_jax.stages.probe_fields import PROBE, check_probe, probe_selections, probed_models
 from bigssl_jax.stages.shared_encoder import encoder_identity, is_path
 from bigssl_jax.training.guard import GuardSettings
 from bigssl_jax.training.optimizers import ALGORITHMS, GROUP_DEFAULTS
@@ -39,6 +40,8 @@ from bigssl_jax.training.schedules import SHAPES
 AUDIO_OBJECTIVES: dict[str, Any] = {'best_rq': BestRQ, 'wav2vec2': Wav2Vec2, **TRANSCRIPT}
 TEXT_OBJECTIVES: dict[str, Any] = {'next_token': NextToken}
 OBJECTIVES: dict[str, Any] = AUDIO_OBJECTIVES | TEXT_OBJECTIVES
+# Kinds without a plan of their own.
+NOT_PLANNED = ('evaluate', 'probe')
 # Fields of an objective that follow from the rest of the experiment.
 DERIVED = ('name', 'vocabulary_size', 'num_mels')
 
@@ -181,6 +184,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     # An n-gram model over the tokenizer's pieces, of the transcripts of a selection.
     'ngram': {'kind': '', 'selection': '', 'order': 4},
+    'probe': PROBE,
 }
 
 
@@ -214,9 +218,11 @@ def resolve(config: Any) -> dict[str, Any]:
         if kind == 'pseudo_label':
             check_labelling(f'stages.{name}', stages[name])
             _check_filter(f'stages.{name}.filter', stages[name]['filter'], name)
+        if kind == 'probe':
+            check_probe(f'stages.{name}', stages[name])
     resolved['stages'] = stages
     compute = resolved['compute']
-    unknown = {name: 0.0 for name, stage in stages.items() if stage['kind'] != 'evaluate'}
+    unknown = {name: 0.0 for name, stage in stages.items() if stage['kind'] not in NOT_PLANNED}
     compute['pass_hours'] = merge('compute.pass_hours', unknown, compute['pass_hours'])
     _check_references(resolved)
     return resolved
@@ -446,7 +452,8 @@ def _uses(stage: Mapping[str, Any]) -> list[tuple[str, str, tuple[str, ...]]]:
     ]
     if not is_path(stage.get('init_from', '')):
         found.insert(0, ('init_from', stage.get('init_from'), ('pretrain', 'finetune')))
-    found += [('models', name, ('finetune',)) for name in stage.get('models', ())]
+    heard = ('pretrain', 'finetune') if stage.get('kind') == 'probe' else ('finetune',)
+    found += [('models', name, heard) for name in stage.get('models', ()) if not is_path(name)]
     found += [('compare', name, ('evaluate',)) for name in other_stages(stage)]
     found += language_model_stages(stage.get('decoder', {}))
     for stream_name, stream in stage.get('streams', {}).items():
@@ -460,6 +467,7 @@ def _uses(stage: Mapping[str, Any]) -> list[tuple[str, str, tuple[str, ...]]]:
 def _selections_of(stage: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [('selection', stage['selection'])] if 'selection' in stage else []
     found += [('sets', name) for name in stage.get('sets', ())]
+    found += probe_selections(stage)
     if stage.get('dev'):
         found.append(('dev', stage['dev']))
     if stage.get('tune', {}).get('selection'):
@@ -480,6 +488,8 @@ def identity_of(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
     if is_path(fields.get('init_from', '')):
         with_heads = bool(fields['init_heads'])
         fields['init_from'] = encoder_identity(stage, fields['init_from'], with_heads)
+    if fields.get('kind') == 'probe':
+        fields['models'] = probed_models(fields)
     if 'decoder' in fields:
         fields['decoder'] = fields['decoder'] | file_hashes(fields['decoder'])
     return {

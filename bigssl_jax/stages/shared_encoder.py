@@ -21,9 +21,9 @@ from bigssl_jax.stages import artefacts
 FREE = ('dropout', 'dtype', 'remat', 'attention')
 
 
-def is_path(init_from: str) -> bool:
-    """Whether `init_from` is the folder of a model, not the name of a stage."""
-    return '/' in init_from
+def is_path(model: str) -> bool:
+    """Whether `model` is the folder of a model, not the name of a stage."""
+    return '/' in model
 
 
 def encoder_identity(stage: str, path: str, with_heads: bool = False) -> str:

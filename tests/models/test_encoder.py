@@ -212,6 +212,36 @@ def test_remat_keeps_less_the_stricter_it_is():
     assert full < block < dots < none
 
 
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_layer_means_are_those_of_the_shallower_encoders(remat):
+    config = dataclasses.replace(TINY, remat=remat)
+    features, mask = inputs()
+
+    def means(features, mask):
+        return jax.jit(
+            lambda params: Encoder(config).apply(
+                params, features, mask, method='layer_means', mutable='layers'
+            )[0]
+        )(parameters(config))
+
+    found = means(features, mask)
+    e, mask4 = Encoder(TINY).apply(parameters(TINY), features, mask, method='subsample')
+    expected = [e]
+    for depth in (1, 2):
+        shallow = dict(parameters(TINY)['params'])
+        shallow['blocks'] = jax.tree.map(lambda leaf: leaf[:depth], shallow['blocks'])  # noqa: B023
+        fewer = dataclasses.replace(TINY, num_layers=depth)
+        expected.append(apply(fewer, {'params': shallow}, features, mask)[0])
+    for layer, frames in enumerate(expected):
+        for row, count in enumerate(mask4.sum(axis=1)):
+            np.testing.assert_allclose(
+                found[row, layer], frames[row, :count].mean(axis=0), atol=1e-5
+            )
+    # Padding and batch mates: the second utterance alone, its padding NaN.
+    alone = means(features[1:2].at[:, 10:].set(jnp.nan)[:, :17], mask[1:2, :17])
+    np.testing.assert_allclose(alone[0], found[1], atol=1e-5)
+
+
 def test_initial_parameters_are_the_same_under_jit_and_differ_per_layer():
     features, mask = inputs()
     eager = nn.unbox(Encoder(TINY).init(jax.random.key(0), features, mask))
