@@ -7,7 +7,8 @@
 Plan (docs/plans.md, `bigssl plan`; the compiler's figures, nothing was run): pre-training, 2,048
 x 30 s a step, on v5e-256 (data 16 x fsdp 16) peaks at 9.1 of 15.75 GiB a chip; 73.6 PFLOP a step,
 at least 1.95 s, at most 75 % MFU; a million hours take at least 8,100 chip-hours.  Fine-tuning with
-RNN-T, 256 x 30 s a step, peaks at 8.6 GiB and takes about 0.6 s, the time of its links.
+RNN-T, 256 x 30 s a step, peaks at 8.6 GiB and takes about 0.6 s, the time of its links. It fits
+v5p-128, v4-512 and v6e-256 with far more room.
 
 Known of the paper's setting: "8 billion" [paper]. Recalled: layers, width and heads, 400 ms
 spans, linear targets, peak rate 2e-3, 25k warm-up, clipping at 20, no EMA in pre-training,
