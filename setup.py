@@ -66,6 +66,7 @@ EXTRAS = {
         'pytest>=8.4,<10',
         'pytest-timeout>=2.3.1,<3',
         'pytest-xdist>=3.6,<4',
+        'hypothesis>=6.170,<7',
         'ruff>=0.14,<0.18',
         'mypy>=1.15,<3',
         # the launchers: a linter of Bash, and the published schema of JobSet

@@ -13,12 +13,15 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import math
 import pathlib
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
+
+LONGEST = 200  # characters of a value in a message
 
 
 class UserError(Exception):
@@ -33,9 +36,16 @@ def load(path_and_argument: str) -> ml_collections.ConfigDict:
     """Loads `FILE.py` or `FILE.py:ARG` by calling its `get_config(ARG)`.
 
     Raises:
-      ConfigError: the file is missing, is not Python, has no `get_config`, or fails.
+      ConfigError: the file is missing, is not Python, has no `get_config`, fails, or returns no
+        group of fields.
     """
-    return call_file('--config', path_and_argument, 'get_config')
+    config = call_file('--config', path_and_argument, 'get_config')
+    if not isinstance(config, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(
+            f'--config: get_config of {path_and_argument!r} returns {in_short(config)}; it must'
+            ' return an ml_collections.ConfigDict'
+        )
+    return config
 
 
 def call_file(option: str, path_and_argument: str, function: str) -> Any:
@@ -88,8 +98,24 @@ def unknown_field(field: str, name: str, allowed: Iterable[str]) -> ConfigError:
     """The error for an unknown `name` under `field`, naming the nearest of `allowed`."""
     allowed = sorted(allowed)
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-    hint = f'did you mean {near[0]!r}?' if near else 'allowed: ' + ', '.join(allowed)
-    return ConfigError(f'unknown config field {field + "." if field else ""}{name}: {hint}')
+    hint = f'did you mean {near[0]!r}?' if near else 'allowed: ' + ', '.join(map(shown, allowed))
+    where = f'{field + "." if field else ""}{shown(name)}'
+    return ConfigError(f'unknown config field {where}: {hint}')
+
+
+def shown(name: str) -> str:
+    """A name as it stands in a message: itself, or quoted where it would be misread."""
+    plain = name and name.isprintable() and ' ' not in name and len(name) <= LONGEST
+    return name if plain else in_short(name)
+
+
+def in_short(value: Any) -> str:
+    """A value as it stands in a message: one line, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f'a {type(value).__name__} beyond bounds'
+    return text if len(text) <= LONGEST else f'{text[: LONGEST - 4]} ...'
 
 
 def choose(field: str, value: Any, allowed: Iterable[Any]) -> Any:
@@ -100,50 +126,110 @@ def choose(field: str, value: Any, allowed: Iterable[Any]) -> Any:
         near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
         hint = f'; did you mean {near[0]!r}?' if near else ''
         raise ConfigError(
-            f'config field {field} is {value!r}; allowed: {", ".join(map(repr, allowed))}{hint}'
+            f'config field {field} is {in_short(value)}; allowed:'
+            f' {", ".join(map(repr, allowed))}{hint}'
         )
     return value
 
 
-def merge(field: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def merge(
+    field: str,
+    defaults: Mapping[str, Any],
+    given: Mapping[str, Any],
+    optional: Collection[str] = (),
+) -> dict[str, Any]:
     """Lays `given` over `defaults`, recursively; types must agree.
 
-    A default of `None` accepts anything; an empty mapping accepts any keys (a free-form table).
+    A default of `None` accepts any plain data; an empty mapping accepts any keys (a free-form
+    table).
+
+    Args:
+      field: where the group stands, for messages.
+      defaults: every field that there is.
+      given: those that are set.
+      optional: names of fields that may be None although their default is not.
 
     Raises:
-      ConfigError: a field that `defaults` lacks, or a value of another type.
+      ConfigError: a field that `defaults` lacks, a value of another type, a number that is not
+        finite or beyond 64 bits.
     """
     merged = copy.deepcopy(dict(defaults))  # callers fill in what they are given
+    given = _plain(given)
+    if not isinstance(given, Mapping):
+        raise _no_group(field, given)
     for name, value in given.items():
         path = f'{field}.{name}' if field else name
         if name not in defaults:
-            raise unknown_field(field, name, defaults)
+            raise unknown_field(field, str(name), defaults)
         default = defaults[name]
         if isinstance(default, Mapping):
             if not isinstance(value, Mapping):
-                raise ConfigError(f'config field {path} is {value!r}; it must be a group of fields')
-            merged[name] = merge(path, default, value) if default else _plain(value)
+                raise _no_group(path, value)
+            merged[name] = merge(path, default, value, optional) if default else _data(path, value)
+        elif value is None and name in optional:
+            merged[name] = None
         else:
             merged[name] = _checked(path, default, value)
     return merged
 
 
+def _no_group(field: str, value: Any) -> ConfigError:
+    return ConfigError(f'config field {field} is {in_short(value)}; it must be a group of fields')
+
+
 def _checked(path: str, default: Any, value: Any) -> Any:
     """`value` if its type agrees with that of `default` (integers are accepted as floats)."""
-    value = _plain(value)
-    if default is None or value is None or isinstance(value, type(default)):
-        if isinstance(value, bool) and isinstance(default, int) and not isinstance(default, bool):
-            raise ConfigError(f'config field {path} is {value!r}; it must be a number')
+    value = _data(path, value)
+    if default is None:
         return value
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if isinstance(value, bool) and type(default) in (int, float):
+        raise ConfigError(f'config field {path} is {value!r}; it must be a number')
+    if isinstance(value, int) and not isinstance(value, bool) and isinstance(default, float):
+        value = float(value)
+    if isinstance(value, type(default)):
+        # Only where the default is infinite has infinity a meaning: no limit.
+        if isinstance(value, float) and not math.isfinite(value) and math.isfinite(default):
+            raise ConfigError(f'config field {path} is {value}; it must be a finite number')
+        if isinstance(value, tuple) and default:  # entries of one type, as those of the default
+            return tuple(_checked(f'{path}[{i}]', default[0], v) for i, v in enumerate(value))
+        return value
     wanted = {tuple: 'list'}.get(type(default), type(default).__name__)
-    if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(value)
     raise ConfigError(
-        f'config field {path} is {value!r} ({type(value).__name__}); it must be a {wanted},'
+        f'config field {path} is {in_short(value)} ({type(value).__name__}); it must be a {wanted},'
         f' for example {default!r}'
     )
+
+
+def _data(path: str, value: Any) -> Any:
+    """`value` as plain data.
+
+    Raises:
+      ConfigError: some of it is no data, not a number, or an integer beyond 64 bits.
+    """
+    value = _plain(value)
+    for field, part in _leaves(path, value):
+        if part is not None and not isinstance(part, str | bool | int | float):
+            what, cure = in_short(part), 'text, numbers, True, False, None, and lists of them'
+        elif isinstance(part, float) and math.isnan(part):
+            what, cure = 'nan', 'a number'
+        elif isinstance(part, int) and not -(2**63) <= part < 2**63:
+            what, cure = 'beyond 64 bits', 'a smaller number'
+        else:
+            continue
+        raise ConfigError(f'config field {field} is {what}; it must be {cure}')
+    return value
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(path, value) of everything that is no group and no list."""
+    if isinstance(value, Mapping):
+        for name, entry in value.items():
+            yield from _leaves(f'{path}.{shown(name)}', entry)
+    elif isinstance(value, tuple):
+        for place, entry in enumerate(value):
+            yield from _leaves(f'{path}[{place}]', entry)
+    else:
+        yield path, value
 
 
 def _plain(value: Any) -> Any:

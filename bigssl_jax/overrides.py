@@ -11,7 +11,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from bigssl_jax.config import ConfigError, unknown_field
+from bigssl_jax.config import ConfigError, to_dict, unknown_field
 
 # The verbs that have a config, and what it is called.
 VERBS = {
@@ -67,7 +67,7 @@ def apply_overrides(
     Raises:
       ConfigError: an unknown field (the nearest valid one is named) or a value of another type.
     """
-    config = ml_collections.ConfigDict(config.to_dict(), type_safe=False)
+    config = ml_collections.ConfigDict(to_dict(config), type_safe=False)
     for path, _ in overrides:
         _ensure_field(config, path, fields)
     # A private FlagValues: nothing of ours may depend on, or show in, the process-wide flags.

@@ -10,6 +10,7 @@ import pytest
 from bigssl_jax import config as config_lib
 from bigssl_jax.config import ConfigError
 from bigssl_jax.stages import schema
+from bigssl_jax.stages.label_fields import with_folders
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
@@ -182,6 +183,31 @@ def test_a_reference_to_nothing_says_what_there_is(path, value, told):
 def test_a_bad_filter_is_found_before_the_labels_are_made(path, steps, told):
     with pytest.raises(ConfigError, match=rf'{path}\.{told}' if 'filter' in told else told):
         schema.resolve(changed(f'{path}.filter', steps))
+
+
+def fitted(fit: str, **dev) -> dict:
+    """The experiment with a filter of `labels` that is fitted on the labels of the stage `dev`."""
+    step = {'kind': 'normalised_score', 'threshold': 0.0, 'fit': fit}
+    config = changed('stages.labels.filter', step)
+    config['stages']['student']['streams']['s']['sources']['b']['filter'] = (step,)
+    given = {'kind': 'pseudo_label', 'teacher': 'teacher', 'selection': 'train', **dev}
+    config['stages']['dev'] = given
+    config['recipe'] = ('base', 'teacher', 'dev', 'labels', 'student', 'score')
+    return config
+
+
+def test_a_filter_is_fitted_on_labels_of_the_same_teacher():
+    resolved = schema.resolve(fitted('dev'))
+    assert schema.upstream_of(resolved['stages']['labels']) == ['teacher', 'dev']
+    assert schema.upstream_of(resolved['stages']['student']) == ['dev', 'labels']
+    folders = with_folders(resolved['stages']['labels']['filter'], pathlib.Path('/run'))
+    assert [step['fit'] for step in folders] == ['/run/dev/labels']
+    with pytest.raises(ConfigError, match="needs stage 'dve', which is not before it"):
+        schema.resolve(fitted('dve'))
+    with pytest.raises(ConfigError, match="labels.filter is 'teacher', a finetune stage"):
+        schema.resolve(fitted('teacher'))
+    with pytest.raises(ConfigError, match=r"labels.filter is fitted on stage 'dev', whose decoder"):
+        schema.resolve(fitted('dev', decoder={'kind': 'beam'}))
 
 
 def test_a_filter_needs_labels_that_a_teacher_wrote():

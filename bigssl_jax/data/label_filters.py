@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from bigssl_jax import config as config_lib
 from bigssl_jax.config import ConfigError
+from bigssl_jax.data.errors import DataError
 from bigssl_jax.data.label_sets import LabelSet
 
 
@@ -48,6 +49,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     'empty': {},
     'repeats': {'words': 3, 'times': 3},
     'duplicates': {'times': 10},
+    'balance': {'percentile': 10.0, 'rounds': 8},
     'keep_all': {},
 }
 
@@ -88,6 +90,8 @@ def _checked_step(field: str, step: Any) -> dict[str, Any]:
     elif kind == 'normalised_score':
         _check_limit(field, checked)
         _check_fit(field, checked['fit'])
+    elif kind == 'balance':
+        _check_balance(field, checked)
     elif kind == 'duplicates' and checked['times'] < 1:
         raise ConfigError(
             f'config field {field}.times is {checked["times"]!r}; it must be at least 1'
@@ -106,7 +110,7 @@ def _checked_step(field: str, step: Any) -> dict[str, Any]:
 
 
 def _check_fit(field: str, fit: Any) -> None:
-    if fit is None:
+    if fit is None or (isinstance(fit, str) and fit):
         return
     numbers = isinstance(fit, (list, tuple)) and all(
         isinstance(x, (int, float)) and not isinstance(x, bool) and np.isfinite(x) for x in fit
@@ -114,7 +118,19 @@ def _check_fit(field: str, fit: Any) -> None:
     if not numbers or len(fit) != 3 or not fit[2] > 0:
         raise ConfigError(
             f'config field {field}.fit is {fit!r}; it must be (slope, intercept, deviation) with a'
-            ' deviation above 0, as fit_scores gives them, or None: fitted on the labels themselves'
+            ' deviation above 0, as fit_scores gives them, a pseudo_label stage of the same'
+            ' teacher, or None: fitted on the labels themselves'
+        )
+
+
+def _check_balance(field: str, step: Mapping[str, Any]) -> None:
+    if not 0 <= step['percentile'] < 100:
+        raise ConfigError(
+            f'config field {field}.percentile is {step["percentile"]!r}; it must be 0 <= p < 100'
+        )
+    if not 1 <= step['rounds'] <= 1000:
+        raise ConfigError(
+            f'config field {field}.rounds is {step["rounds"]!r}; it must be from 1 to 1000'
         )
 
 
@@ -147,14 +163,17 @@ def filter_labels(label_set: LabelSet, steps: Any) -> FilterResult:
         p % of rows (among those still kept) with the lowest. `column` 'confidence' or 'score'.
       normalised_score: likewise, by (score - slope n - intercept) / (deviation sqrt(n)), n tokens,
         which favours neither short nor long labels (Park et al. 2020, arXiv:2005.09629, section
-        2.2 [recalled]); `fit` is (slope, intercept, deviation) of `fit_scores`, there of a dev set,
-        here None takes the labels themselves [ours].
+        2.2 [recalled]); `fit` is (slope, intercept, deviation) of `fit_scores`, or the folder of
+        another label set of the same teacher, such as of a dev set, as there; None takes the labels
+        themselves [ours].  The report has the fit.
       words_per_second, characters_per_second: `min` <= rate <= `max`.
       empty: drops empty text.
       repeats: drops text in which a run of 1 to `words` words stands at least `times` times in a
         row.
       duplicates: keeps the `times` most confident rows of each text, so that what a teacher writes
         most does not crowd out the rest of the vocabulary.
+      balance: drops the `percentile` p % of rows that add least to the variety of the tokens, see
+        `least_varied`.
       keep_all: drops nothing.
 
     Raises:
@@ -223,15 +242,86 @@ def fit_scores(scores: np.ndarray, counts: np.ndarray) -> tuple[float, float, fl
 
 
 def _keep_probable(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: np.ndarray):
-    table = label_set.table(['score', 'tokens'])
-    scores = table['score'].to_numpy().astype(np.float64)
-    counts = pc.list_value_length(table['tokens']).to_numpy().astype(np.float64)
-    slope, intercept, deviation = step['fit'] or fit_scores(scores[keep], counts[keep])
+    scores, counts = _scores(label_set)
+    fit = step['fit']
+    if isinstance(fit, str):
+        slope, intercept, deviation = fit_scores(*_scores(_same_teacher(label_set, fit)))
+    else:
+        slope, intercept, deviation = fit or fit_scores(scores[keep], counts[keep])
     expected = slope * counts + intercept
     values = (scores - expected) / (deviation * np.sqrt(np.maximum(counts, 1)))
     good, limits = _keep_highest(np.nan_to_num(values, nan=-np.inf), step, keep)
-    fit = {'slope': slope, 'intercept': intercept, 'deviation': deviation}
-    return good, {**limits, **fit}
+    fitted = {'slope': slope, 'intercept': intercept, 'deviation': deviation}
+    return good, {**limits, **fitted}
+
+
+def _scores(label_set: LabelSet) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and numbers of tokens of all rows, float64."""
+    table = label_set.table(['score', 'tokens'])
+    scores = table['score'].to_numpy().astype(np.float64)
+    return scores, pc.list_value_length(table['tokens']).to_numpy().astype(np.float64)
+
+
+def _same_teacher(label_set: LabelSet, folder: str) -> LabelSet:
+    """The label set in `folder`, whose scores mean the same as those of `label_set`."""
+    other = LabelSet.open(folder)
+    for what in ('teacher', 'decoder'):
+        if other.key.get(what) != label_set.key.get(what):
+            raise DataError(
+                f'{folder}: was written by another {what} than {label_set.directory}; fit the'
+                ' filter on labels of the same one'
+            )
+    return other
+
+
+def _keep_varied(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: np.ndarray):
+    tokens = label_set.table(['tokens'])['tokens'].combine_chunks()
+    counts = pc.list_value_length(tokens).to_numpy().astype(np.int64)
+    values = pc.list_flatten(tokens).to_numpy().astype(np.int64)
+    candidates = np.flatnonzero(keep)
+    used = np.repeat(keep, counts)
+    drop = int(len(candidates) * step['percentile'] / 100)
+    gone = least_varied(values[used], counts[candidates], drop, step['rounds'])
+    good = keep.copy()
+    good[candidates[gone]] = False
+    return good, {'percentile': float(step['percentile'])}
+
+
+def least_varied(tokens: np.ndarray, counts: np.ndarray, drop: int, rounds: int) -> np.ndarray:
+    """Rows without which the variety of tokens falls least.
+
+    The variety of a set of rows is sum_w sqrt(n_w), n_w the number of times that token w stands in
+    it: a concave measure of coverage, so that frequent tokens add little.  A row adds, per token,
+    about the mean of 1 / sqrt(n_w) over its own tokens.  In each round the rows that add least go,
+    a share of `drop`, and the n_w are counted anew.  It stands for the sub-modular balancing of
+    Park et al. 2020, arXiv:2005.09629 [recalled]; measure and rounds are ours.
+
+    Args:
+      tokens: int [sum of counts], token ids of all rows, one row after the other.
+      counts: int [N], tokens of each row; rows without any go first.
+      drop: how many rows to find, at most N.
+      rounds: at least 1; more follow the measure more closely.
+
+    Returns:
+      int64 [drop], in the order in which they go; of equal rows the first.
+    """
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+    left = np.arange(counts.size)
+    kept: np.ndarray = np.ones(counts.size, bool)
+    gone: list[np.ndarray] = [left[:0]]
+    for number in range(rounds):
+        present = np.bincount(
+            tokens[np.repeat(kept, counts)], minlength=int(tokens.max(initial=0)) + 1
+        )
+        worth = np.concatenate([1 / np.sqrt(np.maximum(present, 1))[tokens], [0.0]])
+        sums = np.where(counts > 0, np.add.reduceat(worth, starts), 0.0)
+        adds = sums / np.maximum(counts, 1)
+        share = drop * (number + 1) // rounds - drop * number // rounds
+        left = np.flatnonzero(kept)
+        going = left[np.argsort(adds[left], kind='stable')[:share]]
+        kept[going] = False
+        gone.append(going)
+    return np.concatenate(gone)
 
 
 def _keep_few_of_each(label_set: LabelSet, step: dict, keep: np.ndarray, seconds: np.ndarray):
@@ -288,6 +378,7 @@ _STEPS: dict[str, Callable] = {
     'confidence': _keep_confident,
     'normalised_score': _keep_probable,
     'duplicates': _keep_few_of_each,
+    'balance': _keep_varied,
     'words_per_second': functools.partial(_keep_rate, words=True),
     'characters_per_second': functools.partial(_keep_rate, words=False),
     'empty': _keep_filled,

@@ -96,6 +96,13 @@ def prepare(
         usable utterance, a disk that is full or read-only.
     """
     out, options = os.path.abspath(os.fspath(out)), options or Options()
+    if max_quarantine_fraction is not None and not 0 <= max_quarantine_fraction <= 1:
+        raise DataError(
+            f'max_quarantine_fraction={max_quarantine_fraction} (--max-quarantine): must be a share'
+            ' of the utterances, 0 to 1'
+        )
+    if jobs is not None and jobs < 1:
+        raise DataError(f'jobs={jobs} (--jobs): must be at least 1 process')
     jobs = jobs or (os.cpu_count() or 1)
     root = ''
     if isinstance(entries, str | os.PathLike):
@@ -210,7 +217,8 @@ def _build_all(shards, out, jobs, total, allowed_fraction, show) -> None:
                 f'{out}: more than {allowed_fraction:.1%} of {total} utterances cannot be used: '
                 f'{_reasons(bad)}, such as {bad[0]["audio"]}: {bad[0]["detail"]}; see '
                 'quarantine.jsonl there, mend the files or raise the share that is allowed '
-                '(--max-quarantine), and run again: finished work is kept'
+                "(--max-quarantine, in an experiment the corpus's max_quarantine), and run again: "
+                'finished work is kept'
             )
 
     with _progress(total, show) as advance:

@@ -54,12 +54,10 @@ def resolve(spec: Any, named: Mapping[str, Any] | None = None) -> dict[str, Any]
         if spec not in (named or {}):
             raise config_lib.unknown_field('selection', spec, named or {})
         return resolve((named or {})[spec], named)
-    try:
-        spec = config_lib.merge('selection', DEFAULTS, spec)
-    except AttributeError:
-        raise ConfigError(
-            f'selection is {spec!r}; it must be a group of fields or a name'
-        ) from None
+    spec = config_lib.to_dict(spec)
+    if not isinstance(spec, Mapping):
+        raise ConfigError(f'selection is {spec!r}; it must be a group of fields or a name')
+    spec = config_lib.merge('selection', DEFAULTS, spec)
     if not spec['corpus']:
         raise ConfigError('selection.corpus is not set; it must name a folder made by prepare')
     for field in _COLUMNS:
@@ -67,13 +65,19 @@ def resolve(spec: Any, named: Mapping[str, Any] | None = None) -> dict[str, Any]
             spec[field] = _as_list(field, spec[field])
     for field in ('min_seconds', 'max_seconds', 'hours'):
         value = spec[field]
-        if value is not None and (isinstance(value, str) or not 0 <= value < np.inf):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= value < np.inf):
             raise ConfigError(f'selection.{field} is {value!r}; it must be a number >= 0')
     if spec['exclude'] is not None:
         others = spec['exclude']
         others = [others] if isinstance(others, (str, Mapping)) else others
         spec['exclude'] = [resolve(other, named) for other in others]
     return spec
+
+
+def is_whole(spec: Mapping[str, Any]) -> bool:
+    """Whether a resolved selection is, by its fields alone, all of its corpus."""
+    return all(spec[field] == default for field, default in DEFAULTS.items() if field != 'corpus')
 
 
 def select(corpus: Corpus | None, spec: Any, named: Mapping[str, Any] | None = None) -> np.ndarray:
@@ -201,7 +205,11 @@ def id_hash(utterance_id: str) -> int:
 
 
 def _as_list(field: str, value: Any) -> list[str]:
-    value = [value] if isinstance(value, str) else list(value)
-    if not value or not all(isinstance(v, str) for v in value):
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list | tuple) or not value or not all(map(_is_word, value)):
         raise ConfigError(f'selection.{field} is {value!r}; it must be a list of strings')
-    return value
+    return list(value)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str)

@@ -18,12 +18,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bigssl_jax.config import in_short
 from bigssl_jax.data.audio_files import check_audio, read_audio, to_int16
 from bigssl_jax.data.corpus import frame_record
 from bigssl_jax.data.errors import BadAudio, DataError
 from bigssl_jax.data.folder import atomic_path
 from bigssl_jax.data.manifest import Entry
 
+LARGEST_SHARD = 1 << 20
 TEXT_COLUMNS = ('id', 'text', 'speaker', 'language', 'domain', 'group', 'split', 'licence')
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in TEXT_COLUMNS]
@@ -48,10 +50,10 @@ class Options:
     max_clipped: float = 0.25  # fraction of samples at full scale
 
     def __post_init__(self) -> None:
-        if self.shard_size < 1 or self.sample_rate < 1000:
+        if not 1 <= self.shard_size <= LARGEST_SHARD or self.sample_rate < 1000:
             raise DataError(
-                f'shard_size={self.shard_size}, sample_rate={self.sample_rate}: '
-                'a shard holds at least 1 entry, a sample rate is at least 1000 Hz'
+                f'shard_size={in_short(self.shard_size)}, sample_rate={self.sample_rate}: a shard'
+                f' holds 1 to {LARGEST_SHARD} entries, a sample rate is at least 1000 Hz'
             )
         if not 0 <= self.min_seconds <= self.max_seconds:
             raise DataError(

@@ -27,7 +27,7 @@ from bigssl_jax.data import label_filters, label_sets
 from bigssl_jax.data.buckets import encoder_frames
 from bigssl_jax.data.corpus import Corpus
 from bigssl_jax.data.errors import DataError
-from bigssl_jax.data.selection import resolve, select
+from bigssl_jax.data.selection import is_whole, resolve, select
 from bigssl_jax.data.text import is_spoken, normalise_text
 from bigssl_jax.data.tokenizer import UNKNOWN, Tokenizer, encode_ragged
 
@@ -41,10 +41,31 @@ SOURCE_DEFAULTS: dict[str, Any] = {
 _BLOCK = 1 << 16
 
 
+class AllBut:
+    """The rows of a corpus without a few: memory for those that are left out alone.
+
+    Before the kept row of number i stand i kept rows and k others, so it is row i + k. The j-th
+    row left out, e_j, stands before it when e_j - j <= i: k is found by bisection.
+
+        row    0 1 x 3 x x 6        e = 2 4 5    e_j - j = 2 3 3
+        i      0 1   2     3        i = 2: one is <= 2, row 3;  i = 3: three are <= 3, row 6
+    """
+
+    def __init__(self, total: int, left_out: np.ndarray):
+        self._size = total - left_out.size
+        self._gaps = left_out - np.arange(left_out.size)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: Any) -> Any:
+        return index + np.searchsorted(self._gaps, index, side='right')
+
+
 class Lengths:
     """Sample counts by row of a selection, read from the memory-mapped index on demand."""
 
-    def __init__(self, counts: np.ndarray, rows: np.ndarray | None):
+    def __init__(self, counts: np.ndarray, rows: np.ndarray | AllBut | None):
         self._counts, self._rows = counts, rows
 
     def __len__(self) -> int:
@@ -65,23 +86,25 @@ class Source:
 
     Attributes:
       name, corpus, weight: as configured.
-      rows: int64 [N] rows of the corpus, or None when the source is the whole corpus (a corpus of
-        any size then needs no memory here).
+      rows: the rows of the corpus, by number within the source; None when they are all (a corpus
+        of any size then needs no memory here).
       label_values, label_offsets: token ids of all rows, ragged; None without labels.
       excluded: how many utterances were left out, by reason.
+      left_out: rows of the corpus whose text cannot be learned from, int64, by reason.
       unknown: {'rows': ..., 'tokens': ..., 'characters': ...} of text outside the tokenizer.
       identity: everything that decides the content, for the stream's fingerprint.
     """
 
     name: str
     corpus: Corpus
-    rows: np.ndarray | None
+    rows: np.ndarray | AllBut | None
     weight: float
     label_values: np.ndarray | None
     label_offsets: np.ndarray | None
     excluded: dict[str, int]
     unknown: dict[str, Any]
     identity: dict[str, Any]
+    left_out: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def lengths(self) -> Lengths:
@@ -113,8 +136,11 @@ class Source:
     def column(self, name: str, rows: np.ndarray | None = None) -> list:
         """A metadata column of the corpus for rows of the selection; default: all, in order."""
         values = self.corpus.column(name)
-        wanted = self.rows if rows is None else self.corpus_rows(rows)
-        return (values if wanted is None else values.take(wanted)).to_pylist()
+        if rows is None and self.rows is None:
+            return values.to_pylist()
+        return values.take(
+            self.corpus_rows(np.arange(len(self)) if rows is None else rows)
+        ).to_pylist()
 
 
 def open_source(
@@ -139,11 +165,12 @@ def open_source(
     corpus = Corpus.open(selection['corpus'])
     if corpus.sample_rate != 16000:
         raise DataError(f'{corpus.directory}: sampled at {corpus.sample_rate} Hz, must be 16000')
-    rows = select(corpus, selection)
     excluded: collections.Counter = collections.Counter()
-    rows = _within_seconds(corpus, rows, stream, excluded)
+    selected = None if is_whole(selection) else select(corpus, selection)
+    rows = _within_seconds(corpus, selected, stream, excluded)
     identity = {'corpus': corpus.fingerprint, 'labels': None}
     values = offsets = None
+    left_out: dict[str, np.ndarray] = {}
     unknown: dict[str, Any] = {'rows': 0, 'tokens': 0, 'characters': ''}
     if spec['labels'] is not None:
         if tokenizer is None:
@@ -153,29 +180,43 @@ def open_source(
             label_set = label_sets.LabelSet.open(spec['labels'])
             identity['labels'] = label_set.fingerprint
         chooser = _Labels(stream, tokenizer, excluded)
-        rows, values, offsets = chooser.keep(corpus, rows, label_set, spec['filter'])
+        every = np.arange(corpus.num_rows if rows is None else len(rows))
+        wanted = every if rows is None else rows[every]
+        rows, values, offsets = chooser.keep(corpus, wanted, label_set, spec['filter'])
+        left_out = chooser.left_out(name, corpus)
         unknown = chooser.unknown(name)
+        if rows.size == corpus.num_rows:
+            rows = None
     elif spec['filter'] is not None:
         raise ConfigError(f'sources.{name}.filter needs labels from a label set')
-    if rows.size == 0:
+    if rows is not None and len(rows) == 0:
         reasons = ', '.join(f'{count} {reason}' for reason, count in excluded.items())
         raise DataError(f'source {name!r} has no usable utterance left: {reasons}')
-    whole = rows.size == corpus.num_rows
-    identity['rows'] = 'all' if whole else hashlib.sha256(rows.tobytes()).hexdigest()
+    identity['rows'] = 'all' if rows is None else _rows_sha256(rows)
     if values is not None:
         assert offsets is not None
         identity['tokens'] = hashlib.sha256(values.tobytes() + offsets.tobytes()).hexdigest()
     return Source(
         name,
         corpus,
-        None if whole else rows,
+        rows,
         spec['weight'],
         values,
         offsets,
         dict(excluded),
         unknown,
         identity,
+        left_out,
     )
+
+
+def _rows_sha256(rows: np.ndarray | AllBut) -> str:
+    """Hex sha256 of the rows as int64, in order."""
+    digest = hashlib.sha256()
+    for start in range(0, len(rows), _BLOCK):
+        block = rows[np.arange(start, min(start + _BLOCK, len(rows)))]
+        digest.update(np.asarray(block, np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def _check_weight(name: str, weight: Any) -> None:
@@ -184,16 +225,30 @@ def _check_weight(name: str, weight: Any) -> None:
 
 
 def _within_seconds(
-    corpus: Corpus, rows: np.ndarray, stream: Mapping[str, Any], excluded: collections.Counter
-) -> np.ndarray:
-    samples = corpus.sample_counts[rows]
+    corpus: Corpus,
+    rows: np.ndarray | None,
+    stream: Mapping[str, Any],
+    excluded: collections.Counter,
+) -> np.ndarray | AllBut | None:
+    """The rows (None: all of the corpus) whose lengths fit the stream; counts the others."""
     # A receptive field of one window is the least that makes a frame.
-    short = samples < max(400, stream['min_seconds'] * corpus.sample_rate)
-    long = samples > (stream['max_seconds'] or np.inf) * corpus.sample_rate
-    for reason, mask in (('too_short', short), ('too_long', long)):
-        if mask.any():
-            excluded[reason] += int(mask.sum())
-    return rows[~(short | long)]
+    shortest = max(400, stream['min_seconds'] * corpus.sample_rate)
+    longest = (stream['max_seconds'] or np.inf) * corpus.sample_rate
+    lengths, left_out = Lengths(corpus.sample_counts, rows), [np.zeros(0, np.int64)]
+    first = 0
+    for block in lengths.blocks():
+        short, long = block < shortest, block > longest
+        for reason, mask in (('too_short', short), ('too_long', long)):
+            if mask.any():
+                excluded[reason] += int(mask.sum())
+        left_out.append(first + np.flatnonzero(short | long))
+        first += block.size
+    gone = np.concatenate(left_out)
+    if rows is not None:
+        return None if rows.size - gone.size == corpus.num_rows else np.delete(rows, gone)
+    if 2 * gone.size <= corpus.num_rows:
+        return AllBut(corpus.num_rows, gone) if gone.size else None
+    return np.delete(np.arange(corpus.num_rows), gone)
 
 
 class _Labels:
@@ -205,7 +260,9 @@ class _Labels:
         self._normaliser = stream['normaliser']
         self._max_labels = stream['max_labels'] or np.inf
         self._for_ctc = stream['for_ctc']
-        self._max_unknown = stream['max_unknown']
+        self._max_unknown, self._max_left_out = stream['max_unknown'], stream['max_left_out']
+        self._seen_rows = 0
+        self._faults: dict[str, list[np.ndarray]] = collections.defaultdict(list)
         self._tokenizer, self._excluded = tokenizer, excluded
         self._kept_rows = self._unknown_rows = self._unknown_tokens = 0
         self._characters: collections.Counter = collections.Counter()
@@ -274,8 +331,12 @@ class _Labels:
             ('too_many_labels', few),
             ('ctc_impossible', possible | (not self._for_ctc)),
         ):
-            self._count(reason, usable & ~good)
+            bad = usable & ~good
+            self._count(reason, bad)
+            if bad.any():
+                self._faults[reason].append(rows[bad])
             usable &= good
+        self._seen_rows += len(lines)
         self._note_unknown(lines, tokens == UNKNOWN, owner, usable)
         return rows[usable], tokens[usable[owner]], number[usable]
 
@@ -293,6 +354,23 @@ class _Labels:
         self._unknown_rows += affected.size
         for line in affected[:1000]:  # enough to name them
             self._characters.update(self._tokenizer.unknown_characters(lines[line]))
+
+    def left_out(self, name: str, corpus: Corpus) -> dict[str, np.ndarray]:
+        """Rows whose text cannot be learned from, by reason; DataError when they are too many."""
+        found = {reason: np.concatenate(blocks) for reason, blocks in self._faults.items()}
+        total = sum(rows.size for rows in found.values())
+        if total > self._max_left_out * self._seen_rows:
+            ids = corpus.column('id')
+            reasons = ', '.join(
+                f'{rows.size} {reason}, such as {ids[int(rows[0])].as_py()!r}'
+                for reason, rows in found.items()
+            )
+            raise DataError(
+                f'source {name!r}: {total} of {self._seen_rows} texts cannot be learned from'
+                f' ({reasons}): mend the texts or the limits of the stream, or raise max_left_out'
+                f' (now {self._max_left_out:g})'
+            )
+        return found
 
     def unknown(self, name: str) -> dict[str, Any]:
         """The count of text outside the tokenizer; DataError when it is more than allowed."""

@@ -26,7 +26,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,7 @@ DEFAULTS: dict[str, Any] = {
     'max_seconds': None,
     'max_labels': None,
     'for_ctc': True,  # leaves out what CTC cannot align; a transducer can
+    'max_left_out': 1.0,  # fraction of texts that may be unusable: empty, too long, impossible ...
     'max_unknown': 0.05,  # fraction of texts that may hold characters the tokenizer lacks
     'segment_size': SEGMENT_SIZE,  # positions with exact quotas per source; part of the order
 }
@@ -364,6 +365,13 @@ class Stream:
                 source = self.sources[number]
                 names.append(source.corpus.column('id')[int(source.corpus_rows(row))].as_py())
         return names
+
+    def left_out(self) -> Iterator[dict[str, str]]:
+        """{'source', 'id', 'reason'} of each utterance whose text cannot be learned from."""
+        for source in self.sources:
+            for reason, rows in source.left_out.items():
+                for name in source.corpus.column('id').take(rows).to_pylist():
+                    yield {'source': source.name, 'id': name, 'reason': reason}
 
     def epochs(self, k: int) -> dict[str, float]:
         """How often each source was gone through before batch k of an endless stream."""

@@ -18,7 +18,7 @@ import os
 import pathlib
 import secrets
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bigssl_jax.config import ConfigError, UserError, config_hash
@@ -166,3 +166,14 @@ def read_done(directory: pathlib.Path) -> dict[str, Any] | None:
 def output_hash(done: Mapping[str, Any]) -> str:
     """One hash for all that a finished stage made; what is made from it records this."""
     return config_hash({'identity': done['identity'], 'outputs': done['outputs']})
+
+
+def write_lines(path: pathlib.Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Writes JSON Lines atomically."""
+    temporary = path.with_name(f'.{path.name}.tmp')
+    with temporary.open('w') as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False) + '\n')
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

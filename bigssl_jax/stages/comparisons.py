@@ -9,25 +9,37 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from bigssl_jax.config import ConfigError
+from bigssl_jax.config import ConfigError, in_short
 
 
 def other_stages(stage: Mapping[str, Any]) -> list[str]:
     """The stages before this one whose hypotheses its comparisons use."""
     names = [name for pair in stage.get('compare', ()) for name in pair]
-    return [name.partition('/')[0] for name in names if '/' in name]
+    return [name.rpartition('/')[0] for name in names if '/' in name]
+
+
+def check_pairs(field: str, pairs: Any) -> None:
+    """Checks that comparisons are pairs of names.
+
+    Raises:
+      ConfigError: one is not.
+    """
+    for pair in pairs:
+        words = isinstance(pair, tuple) and all(isinstance(name, str) for name in pair)
+        if not words or len(pair) != 2:
+            raise ConfigError(
+                f'config field {field} has {in_short(pair)}; each entry is a pair of models'
+            )
 
 
 def check_compare(name: str, stages: Mapping[str, Mapping[str, Any]]) -> None:
     """Checks the comparisons of evaluate stage `name`; the stages they name are known to exist.
 
     Raises:
-      ConfigError: a pair is no pair, a model is not scored, or not on all sets.
+      ConfigError: a model is not scored, or not on all sets.
     """
     field, stage = f'config field stages.{name}.compare', stages[name]
     for pair in stage['compare']:
-        if isinstance(pair, str) or len(pair) != 2:
-            raise ConfigError(f'{field} has {pair!r}; each entry is a pair of models')
         for system in pair:
             other, slash, model = system.rpartition('/')
             scored = stages[other] if slash else stage

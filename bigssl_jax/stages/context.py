@@ -12,6 +12,7 @@ from bigssl_jax.parallel import batch_parts
 from bigssl_jax.parallel.distributed import process_index
 from bigssl_jax.parallel.watchdog import Watchdog
 from bigssl_jax.stages import artefacts, schema
+from bigssl_jax.stages.label_fields import with_folders
 from bigssl_jax.training.signals import StopRequest
 
 
@@ -83,7 +84,7 @@ class Context:
             resolved = {
                 'selection': self.selection(source['selection']),
                 'labels': labels or None,
-                'filter': source['filter'],
+                'filter': with_folders(source['filter'], self.workdir),
                 'weight': source['weight'],
             }
             if labels not in ('', 'text'):

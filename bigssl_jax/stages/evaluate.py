@@ -1,7 +1,5 @@
 """Scores finished models on test sets: WER and CER with intervals, paired tests, clips to hear."""
 
-import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +42,9 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
         scores[set_name] = {name: _score(context, lines[name]) for name in models}
         comparisons += _comparisons(context, set_name, lines)
         path = context.directory / f'hypotheses-{set_name}.jsonl'
-        write_lines(path, [{'model': name, **line} for name in models for line in lines[name]])
+        artefacts.write_lines(
+            path, [{'model': name, **line} for name in models for line in lines[name]]
+        )
         outputs[path.name] = artefacts.file_hash(path)
         last = lines[fields['models'][-1]]
         _clips(context, set_name, context.selection(set_name)['corpus'], last)
@@ -140,17 +140,6 @@ def _comparisons(
         test = compare_texts(references, texts, others, speakers, context.config['seed'])
         found.append({'set': set_name, 'first': pair[0], 'second': pair[1], **test})
     return found
-
-
-def write_lines(path: Any, lines: list[dict[str, Any]]) -> None:
-    """Writes JSON Lines atomically."""
-    temporary = path.with_name(f'.{path.name}.tmp')
-    with temporary.open('w') as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + '\n')
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _clips(context: Context, set_name: str, corpus: str, lines: list[dict[str, Any]]) -> None:

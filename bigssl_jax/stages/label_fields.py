@@ -1,9 +1,11 @@
 """The fields of a pseudo_label stage: defaults and checks."""
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from bigssl_jax.config import ConfigError
+from bigssl_jax.data.label_filters import check_filter
 from bigssl_jax.objectives import TRANSCRIPT
 from bigssl_jax.stages.decoder_fields import DECODER
 
@@ -26,8 +28,8 @@ PSEUDO_LABEL: dict[str, Any] = {
     'max_quarantine': 0.01,
 }
 
-# Fields of which the labels do not depend: workers may differ in them.
-FREE = ('lease_seconds', 'max_quarantine')
+# Fields on which no result depends, only whether there is one: runs and workers may differ in them.
+FREE = ('lease_seconds', 'max_quarantine', 'max_left_out', 'max_unknown')
 
 
 def check_labelling(field: str, stage: Mapping[str, Any]) -> None:
@@ -48,12 +50,74 @@ def check_labelling(field: str, stage: Mapping[str, Any]) -> None:
         )
 
 
-def check_top_k(name: str, stages: Mapping[str, Any]) -> None:
-    """Refuses `top_k` for a teacher whose head has no posteriors of frames.
+def check_steps(field: str, steps: Any, labels: str) -> None:
+    """Refuses a bad filter now: a stream would meet it when the labels are made, hours later.
+
+    Args:
+      field: where the steps stand, for messages.
+      steps: of the filter, or None.
+      labels: the stage that writes the labels; '' and 'text' name none.
 
     Raises:
-      ConfigError: the teacher is a transducer.
+      ConfigError: the steps are wrong, or there are no labels to filter.
     """
+    if steps is None:
+        return
+    check_filter(field, steps)
+    if labels in ('', 'text'):
+        raise ConfigError(
+            f'config field {field} needs labels of a pseudo_label stage, but labels is {labels!r};'
+            ' remove the filter, or name the stage in labels'
+        )
+
+
+def fitted_on(steps: Any) -> list[str]:
+    """The pseudo_label stages whose labels the steps of a filter are fitted on."""
+    steps = (steps,) if isinstance(steps, Mapping) else steps or ()
+    return [step['fit'] for step in steps if isinstance(step.get('fit'), str)]
+
+
+def with_folders(steps: Any, workdir: pathlib.Path) -> Any:
+    """The steps of a filter with the folders of label sets in place of their stages' names."""
+    if steps is None:
+        return None
+    steps = (steps,) if isinstance(steps, Mapping) else steps
+    return tuple(
+        {**step, 'fit': str(workdir / step['fit'] / 'labels')} if fitted_on(step) else dict(step)
+        for step in steps
+    )
+
+
+def filters_of(stage: Mapping[str, Any], name: str) -> list[tuple[str, str, Any]]:
+    """(field, stage that writes the labels, steps) of every filter of stage `name`."""
+    found = [('filter', name, stage['filter'])] if stage.get('filter') is not None else []
+    for stream_name, stream in stage.get('streams', {}).items():
+        for source, fields in stream['sources'].items():
+            if fields.get('filter') is not None:
+                field = f'streams.{stream_name}.sources.{source}.filter'
+                found.append((field, fields['labels'], fields['filter']))
+    return found
+
+
+def check_labels(name: str, stages: Mapping[str, Any]) -> None:
+    """Checks what stage `name` asks of a teacher: frames, and filters fitted on its own labels.
+
+    Raises:
+      ConfigError: `top_k` of a transducer, which has no posteriors of frames, or a filter fitted on
+        labels that another teacher or another search wrote.
+    """
+    _check_top_k(name, stages)
+    for field, labels, steps in filters_of(stages[name], name):
+        for other in fitted_on(steps):
+            for same in ('teacher', 'decoder'):
+                if stages[other][same] != stages[labels][same]:
+                    raise ConfigError(
+                        f'config field stages.{name}.{field} is fitted on stage {other!r}, whose'
+                        f' {same} is not that of {labels!r}; scores of one say nothing of the other'
+                    )
+
+
+def _check_top_k(name: str, stages: Mapping[str, Any]) -> None:
     stage = stages[name]
     if not stage.get('top_k'):
         return

@@ -136,7 +136,14 @@ def _prepare_missing(context: Context, missing: Mapping[str, Mapping[str, Any]])
             if synthetic:
                 origins[name] = synthetic_origin(given, name)
         directory = context.corpus_directory(name)
-        prepare(entries, directory, jobs=cpu_cores(), source=source, origin=origins[name])
+        prepare(
+            entries,
+            directory,
+            jobs=cpu_cores(),
+            source=source,
+            origin=origins[name],
+            max_quarantine_fraction=fields['max_quarantine'],
+        )
 
 
 def _manifest_entries(fields: Mapping[str, Any]) -> Any:

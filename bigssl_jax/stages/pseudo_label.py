@@ -31,6 +31,7 @@ from bigssl_jax.parallel.distributed import is_primary, local_mesh, process_coun
 from bigssl_jax.parallel.watchdog import Watchdog
 from bigssl_jax.stages import artefacts
 from bigssl_jax.stages.context import Context
+from bigssl_jax.stages.label_fields import with_folders
 from bigssl_jax.stages.model import load_model
 from bigssl_jax.stages.recognition import Hypothesis, Recogniser
 from bigssl_jax.training.metrics import Progress
@@ -81,7 +82,7 @@ def run(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
         'workers': len({(r['worker']['host'], r['worker']['pid']) for r in writer.records}),
         **_speed(writer.records),
         **_kept_mass(labels),
-        **kept_labels(labels, fields['filter']),
+        **kept_labels(labels, with_folders(fields['filter'], context.workdir)),
     }
     quality = measure_quality(context, labels, whole)
     if quality is not None:
@@ -254,7 +255,7 @@ def measure_quality(context: Context, labels: LabelSet, stream: Stream) -> dict[
     truth = dict(zip(source.column('id'), source.column('text'), strict=True))
     speakers = dict(zip(source.column('id'), source.column('speaker'), strict=True))
     table = labels.table(['id', 'text', 'confidence']).to_pydict()
-    kept = keep_mask(labels, context.fields['filter'])
+    kept = keep_mask(labels, with_folders(context.fields['filter'], context.workdir))
     known = [i for i, name in enumerate(table['id']) if truth[name]]
     if not known:
         return None

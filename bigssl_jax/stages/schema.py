@@ -17,11 +17,10 @@ from typing import Any
 from bigssl_jax.audio import AudioConfig, NoiseConfig, SpecAugmentConfig, SpeedConfig
 from bigssl_jax.config import ConfigError, choose, config_hash, merge, to_dict, unknown_field
 from bigssl_jax.data import selection as selection_lib
-from bigssl_jax.data.label_filters import check_filter
 from bigssl_jax.models import ConformerConfig
 from bigssl_jax.models.presets import NAMES, conformer
 from bigssl_jax.objectives import TRANSCRIPT, BestRQ, NextToken, Wav2Vec2
-from bigssl_jax.stages.comparisons import check_compare, other_stages
+from bigssl_jax.stages.comparisons import check_compare, check_pairs, other_stages
 from bigssl_jax.stages.decoder_fields import (
     DECODER,
     TUNE,
@@ -29,7 +28,26 @@ from bigssl_jax.stages.decoder_fields import (
     file_hashes,
     language_model_stages,
 )
-from bigssl_jax.stages.label_fields import FREE, PSEUDO_LABEL, check_labelling, check_top_k
+from bigssl_jax.stages.field_values import (
+    OPTIONAL,
+    check_keeping,
+    check_names,
+    check_selection,
+    check_table,
+    check_texts,
+    check_values,
+    group,
+    without,
+)
+from bigssl_jax.stages.label_fields import (
+    FREE,
+    PSEUDO_LABEL,
+    check_labelling,
+    check_labels,
+    check_steps,
+    filters_of,
+    fitted_on,
+)
 from bigssl_jax.stages.probe_fields import PROBE, check_probe, probe_selections, probed_models
 from bigssl_jax.stages.shared_encoder import encoder_identity, is_path
 from bigssl_jax.training.guard import GuardSettings
@@ -95,6 +113,8 @@ CORPUS: dict[str, Any] = {
     'fallback_synthetic_hours': 0.0,
     # Folder with the .deb files of open_voices, for systems without apt.
     'deb_dir': '',
+    # The largest share of the utterances that may be put aside since their audio cannot be used.
+    'max_quarantine': 0.1,
 }
 
 STREAM: dict[str, Any] = {
@@ -108,6 +128,9 @@ STREAM: dict[str, Any] = {
     # utterances form a batch depends on it: set it (say to 256) to continue a run on another mesh.
     'rows_multiple': 0,
     'rates': 'weights',
+    # Largest shares of the texts that may be unusable, and that may hold unknown characters.
+    'max_left_out': 0.5,
+    'max_unknown': 0.05,
 }
 
 SOURCE: dict[str, Any] = {'selection': '', 'labels': '', 'filter': None, 'weight': 1.0}
@@ -195,7 +218,9 @@ def resolve(config: Any) -> dict[str, Any]:
       ConfigError: an unknown field (naming the nearest), a wrong type, a reference to nothing.
     """
     given = to_dict(config)
-    resolved = merge('', EXPERIMENT, {k: v for k, v in given.items() if k != 'encoder'})
+    own = {k: v for k, v in given.items() if k != 'encoder'}
+    resolved = merge('', EXPERIMENT, own, OPTIONAL)
+    check_names(resolved)
     resolved['encoder'] = _encoder(given.get('encoder', {}))
     num_mels = AudioConfig(**resolved['audio']).num_mels
     if resolved['encoder']['num_mels'] != num_mels:
@@ -210,34 +235,36 @@ def resolve(config: Any) -> dict[str, Any]:
         raise ConfigError('config field corpora is empty; name at least one corpus')
     stages = {}
     for name, fields in resolved['stages'].items():
-        kind = choose(f'stages.{name}.kind', fields.get('kind'), KINDS)
+        kind = choose(f'stages.{name}.kind', group(f'stages.{name}', fields).get('kind'), KINDS)
         stages[name] = merge(f'stages.{name}', KINDS[kind], fields)
+        check_pairs(f'stages.{name}.compare', stages[name].get('compare', ()))
         check_decoder(f'stages.{name}', stages[name])
         if 'objectives' in KINDS[kind]:
             stages[name] = _training_stage(f'stages.{name}', stages[name])
         if kind == 'pseudo_label':
             check_labelling(f'stages.{name}', stages[name])
-            _check_filter(f'stages.{name}.filter', stages[name]['filter'], name)
+            check_steps(f'stages.{name}.filter', stages[name]['filter'], name)
         if kind == 'probe':
             check_probe(f'stages.{name}', stages[name])
     resolved['stages'] = stages
     compute = resolved['compute']
     unknown = {name: 0.0 for name, stage in stages.items() if stage['kind'] not in NOT_PLANNED}
     compute['pass_hours'] = merge('compute.pass_hours', unknown, compute['pass_hours'])
+    check_values(resolved)
     _check_references(resolved)
     return resolved
 
 
 def _table(field: str, entries: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    for name, entry in entries.items():
-        if not isinstance(entry, Mapping):
-            raise ConfigError(f'config field {field}.{name} is {entry!r}; it must be a group')
-    return {name: merge(f'{field}.{name}', defaults, entry) for name, entry in entries.items()}
+    check_table(field, entries)
+    return {
+        name: merge(f'{field}.{name}', defaults, entry, OPTIONAL) for name, entry in entries.items()
+    }
 
 
 def _encoder(given: Mapping[str, Any]) -> dict[str, Any]:
     """All fields of the ConformerConfig that `encoder.preset` and its overrides make."""
-    overrides = {name: value for name, value in given.items() if name != 'preset'}
+    overrides = {k: v for k, v in group('encoder', given).items() if k != 'preset'}
     preset = choose('encoder.preset', given.get('preset', 'tiny'), NAMES)
     fields = merge('encoder', dataclasses.asdict(conformer(preset)), overrides)
     try:
@@ -257,7 +284,7 @@ def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
             defaults = dataclasses.asdict(config())
             stage[name] = merge(f'{field}.{name}', defaults, stage[name])
             config(**stage[name])
-    _check_keeping(field, stage)
+    check_keeping(field, stage)
     of_text = stage['kind'] == 'language_model'
     stage['streams'] = _table(
         f'{field}.streams', stage['streams'], TEXT_STREAM if of_text else STREAM
@@ -271,10 +298,11 @@ def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f'config field {path}.sources is empty; name at least one source')
         for source, fields in stream['sources'].items():
             if of_text:
-                _check_texts(f'{path}.sources.{source}', fields)
+                check_texts(f'{path}.sources.{source}', fields)
             else:
-                _check_filter(f'{path}.sources.{source}.filter', fields['filter'], fields['labels'])
+                check_steps(f'{path}.sources.{source}.filter', fields['filter'], fields['labels'])
     objectives = {}
+    check_table(f'{field}.objectives', stage['objectives'])
     for name, fields in stage['objectives'].items():
         path = f'{field}.objectives.{name}'
         allowed = TEXT_OBJECTIVES if of_text else AUDIO_OBJECTIVES
@@ -305,31 +333,11 @@ def _training_stage(field: str, stage: dict[str, Any]) -> dict[str, Any]:
     _check_heads(field, stage)
     groups = stage['optimizer']['groups'] or {'all': {}}
     stage['optimizer']['groups'] = _table(f'{field}.optimizer.groups', groups, GROUP_DEFAULTS)
-    for name, group in stage['optimizer']['groups'].items():
+    for name, given in stage['optimizer']['groups'].items():
         path = f'{field}.optimizer.groups.{name}'
-        choose(f'{path}.algorithm', group['algorithm'], ALGORITHMS)
-        choose(f'{path}.schedule', group['schedule'], SHAPES)
+        choose(f'{path}.algorithm', given['algorithm'], ALGORITHMS)
+        choose(f'{path}.schedule', given['schedule'], SHAPES)
     return stage
-
-
-def _check_keeping(field: str, stage: Mapping[str, Any]) -> None:
-    try:
-        GuardSettings(**stage['divergence'])
-    except ValueError as error:
-        raise ConfigError(f'config field {field}.{error}') from error
-    for name, least in (('keep', 1), ('keep_every', 0), ('keep_best', 0)):
-        if stage[name] < least:
-            raise ConfigError(
-                f'config field {field}.{name} is {stage[name]}; allowed: {least}, ...'
-            )
-    choose(f'{field}.export', stage['export'], ('last', 'best'))
-    if stage['keep_best'] and not (stage['dev'] and stage['eval_every']):
-        raise ConfigError(
-            f'config field {field}.keep_best is {stage["keep_best"]}, but the stage is not scored'
-            ' while it trains; set its dev and eval_every'
-        )
-    if stage['export'] == 'best' and not stage['keep_best']:
-        raise ConfigError(f"config field {field}.export is 'best'; set keep_best to 1 or more")
 
 
 def _check_heads(field: str, stage: Mapping[str, Any]) -> None:
@@ -343,28 +351,6 @@ def _check_heads(field: str, stage: Mapping[str, Any]) -> None:
         raise ConfigError(
             f'config field {field}.init_heads is {stage["init_heads"]!r}, but init_from names no'
             ' stage to take heads from; set it, or set init_heads to ()'
-        )
-
-
-def _check_texts(field: str, source: Mapping[str, Any]) -> None:
-    if isinstance(source['texts'], str):
-        raise ConfigError(f'config field {field}.texts is {source["texts"]!r}; it must be a list')
-    if bool(source['selection']) == bool(source['texts']):
-        raise ConfigError(
-            f'config field {field}: give either a selection, whose transcripts are read, or texts'
-            f' (files); given are selection={source["selection"]!r}, texts={source["texts"]!r}'
-        )
-
-
-def _check_filter(field: str, steps: Any, labels: str) -> None:
-    """Refuses a bad filter now: a stream would meet it when the labels are made, hours later."""
-    if steps is None:
-        return
-    check_filter(field, steps)
-    if labels in ('', 'text'):
-        raise ConfigError(
-            f'config field {field} needs labels of a pseudo_label stage, but labels is {labels!r};'
-            ' remove the filter, or name the stage in labels'
         )
 
 
@@ -389,11 +375,9 @@ def _check_references(config: Mapping[str, Any]) -> None:
     selections = config['selections']
     for name, selection in _table('selections', selections, selection_lib.DEFAULTS).items():
         if selection['corpus'] not in config['corpora']:
-            raise unknown_field('corpora', str(selection['corpus']), config['corpora'])
-        excluded = selection['exclude'] or ()
-        if isinstance(excluded, str):
-            raise ConfigError(f'selections.{name}.exclude is {excluded!r}; it must be a list')
-        for other in excluded:
+            unknown = unknown_field('corpora', selection['corpus'], config['corpora'])
+            raise ConfigError(f'config field selections.{name}.corpus: {unknown}')
+        for other in check_selection(name, selections):
             _must_exist(f'selections.{name}.exclude', other, selections)
     _must_exist('statistics.selection', config['statistics']['selection'], selections)
     if config['tokenizer']['selection']:
@@ -413,7 +397,7 @@ def _check_references(config: Mapping[str, Any]) -> None:
                     f'stages.{name}.{field} is {upstream!r}, a {kind} stage; it must name a'
                     f' {" or ".join(kinds)} stage'
                 )
-        check_top_k(name, config['stages'])
+        check_labels(name, config['stages'])
         for field, selection in _selections_of(config['stages'][name]):
             _must_exist(f'stages.{name}.{field}', selection, selections)
         if 'compare' in config['stages'][name]:
@@ -456,6 +440,8 @@ def _uses(stage: Mapping[str, Any]) -> list[tuple[str, str, tuple[str, ...]]]:
     found += [('models', name, heard) for name in stage.get('models', ()) if not is_path(name)]
     found += [('compare', name, ('evaluate',)) for name in other_stages(stage)]
     found += language_model_stages(stage.get('decoder', {}))
+    for field, _, steps in filters_of(stage, ''):
+        found += [(field, name, ('pseudo_label',)) for name in fitted_on(steps)]
     for stream_name, stream in stage.get('streams', {}).items():
         for name, source in stream['sources'].items():
             if source.get('labels', 'text') != 'text':
@@ -483,7 +469,7 @@ def identity_of(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """Everything that a stage's result follows from: its fields, the shared ones, its inputs."""
     shared = ('seed', 'audio', 'encoder', 'tokenizer', 'statistics', 'corpora', 'selections')
     given = {} if stage == 'prepare' else config['stages'][stage]
-    fields = {name: value for name, value in given.items() if name not in FREE}
+    fields = without(FREE, given)
     upstream = upstream_of(fields)
     if is_path(fields.get('init_from', '')):
         with_heads = bool(fields['init_heads'])
@@ -495,6 +481,6 @@ def identity_of(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
     return {
         'stage': stage,
         'fields': fields,
-        'shared': {name: config[name] for name in shared},
+        'shared': {name: without(FREE, config[name]) for name in shared},
         'upstream': {name: config_hash(identity_of(config, name)) for name in upstream},
     }

@@ -202,7 +202,14 @@ def _open_streams(context: Context) -> dict[str, Stream]:
     }
     barrier(f'streams of {context.name}')  # all have read what the first may now write
     if is_primary():
+        corpora = {c.corpus.directory: c.corpus for s in streams.values() for c in s.sources}
+        for corpus in corpora.values():
+            corpus.verify()  # a shard that went since is told now, not in the middle of an epoch
         context.remember_batches()
+        lines = [
+            {'objective': name, **line} for name, s in streams.items() for line in s.left_out()
+        ]
+        artefacts.write_lines(context.directory / 'left_out.jsonl', lines)
     return streams
 
 

@@ -42,7 +42,7 @@ from bigssl_jax.parallel.distributed import (
 from bigssl_jax.parallel.watchdog import Watchdog
 from bigssl_jax.training.checkpoint import Checkpointer
 from bigssl_jax.training.guard import GuardSettings, divergence, is_calm
-from bigssl_jax.training.metrics import MetricLog, Progress
+from bigssl_jax.training.metrics import MetricLog, Progress, host_memory
 from bigssl_jax.training.schedules import Schedule
 from bigssl_jax.training.signals import Stopped, StopRequest
 from bigssl_jax.training.state import TrainState
@@ -220,7 +220,8 @@ def _train(
             stop_now, save_now = agreement.exchange((stop.requested, due))
             save_now |= done % settings.save_every == 0 or last or stop_now
             if save_now or (scores and settings.save_evaluated):
-                checkpointer.save(done, state, dataclasses.asdict(cursor), scores)
+                with window.saving():
+                    checkpointer.save(done, state, dataclasses.asdict(cursor), scores)
             if stop_now and not last:
                 checkpointer.wait()
                 barrier(f'{run.name} stopped')
@@ -311,7 +312,15 @@ class Window:
         self._first = step
         self._totals: dict[str, Any] | None = None
         self._work = self._padded = 0.0
-        self._started, self.wait_seconds = time.monotonic(), 0.0
+        self._examples = 0
+        self._started, self.wait_seconds, self._save_seconds = time.monotonic(), 0.0, 0.0
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Counts the time inside as time for which a checkpoint held up training."""
+        began = time.monotonic()
+        yield
+        self._save_seconds += time.monotonic() - began
 
     def add(self, report: Mapping[str, Any], batches: Mapping[str, dict]) -> None:
         """Adds one step's report; `batches` are this host's, for the speed."""
@@ -320,6 +329,9 @@ class Window:
             self._kind, done, padded = work_of(batch)
             self._work += self._slices * done
             self._padded += self._slices * padded
+            # Filler rows count for nothing.
+            counts = batch['sample_counts' if self._kind == AUDIO else 'label_counts']
+            self._examples += self._slices * int((counts > 0).sum())
 
     def close(self, step: int, state: TrainState, rates: Mapping[str, Any]) -> dict[str, float]:
         """Metrics of the window that ends with `step`; shows the progress line."""
@@ -335,9 +347,14 @@ class Window:
             'skipped': int(state.skipped),
             'step_seconds': seconds / steps,
             'input_wait_seconds': self.wait_seconds / steps,
+            'save_seconds': self._save_seconds,
+            'examples_per_second': self._examples / seconds,
             f'{self._kind}_per_second': self._work / seconds,
             'padding_fraction': 1.0 - self._work / max(self._padded, 1e-9),
+            'host_memory_mb': host_memory(),
         }
+        if self._kind == AUDIO:
+            metrics['rtfx_per_device'] = self._work / seconds / self._run.mesh.size
         loss = metrics.get('loss', math.nan)
         self._progress.show(step, loss, self._work / seconds, self._work / steps, self._kind)
         self._reset(step)

@@ -27,6 +27,12 @@ def truncate_after(path: pathlib.Path, step: int) -> None:
     os.replace(temporary, path)
 
 
+def host_memory() -> float:
+    """Megabytes that this process holds in memory now (Linux: /proc/self/statm)."""
+    pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
+    return pages * os.sysconf('SC_PAGE_SIZE') / 1e6
+
+
 class MetricLog:
     """Writes a stage's metrics to `metrics.jsonl` and, unless switched off, to TensorBoard.
 

@@ -12,7 +12,12 @@ import pytest
 
 from bigssl_jax.config import ConfigError
 from bigssl_jax.data.errors import DataError
-from bigssl_jax.data.label_filters import filter_labels, fit_scores, has_repeats
+from bigssl_jax.data.label_filters import (
+    filter_labels,
+    fit_scores,
+    has_repeats,
+    least_varied,
+)
 from bigssl_jax.data.label_sets import LabelSet, LabelWriter
 
 KEY = {'teacher': 'aa', 'decoder': 'bb', 'config': 'cc'}
@@ -253,6 +258,90 @@ def test_scores_are_normalised_by_their_lengths(tmp_path):
     assert by_score.mean() < 0.7 * counts.mean()  # what a plain score would have kept
 
 
+def _labelled(folder, scores, counts, key=KEY):
+    writer = LabelWriter(folder, key, 1)
+    size = len(scores)
+    columns = {'id': [f'u{i}' for i in range(size)], 'text': ['x'] * size}
+    columns |= {'tokens': [[3] * int(n) for n in counts], 'score': scores}
+    writer.write(0, columns | {'seconds': [1.0] * size, 'confidence': np.ones(size)})
+    return writer.finish()
+
+
+def test_scores_are_normalised_by_the_fit_of_a_dev_set(tmp_path):
+    random = np.random.default_rng(1)
+    counts = random.integers(1, 40, 500)
+    dev = _labelled(
+        tmp_path / 'dev', -0.5 * counts - 1.0 + 0.1 * random.standard_normal(500), counts
+    )
+    scores, lengths = np.array([-3.5, -3.0, -12.5, -10.0]), np.array([4, 4, 20, 20])
+    labels = _labelled(tmp_path / 'labels', scores, lengths)
+    step = {'kind': 'normalised_score', 'threshold': -1.0, 'fit': str(tmp_path / 'dev')}
+    result = filter_labels(labels, step)
+    table = dev.table(['score'])['score'].to_numpy()  # float32, as it was stored
+    line = np.polyfit(counts, table.astype(np.float64), 1)
+    left = (table - np.polyval(line, counts)) / np.sqrt(counts)
+    limits = result.report[0]['limits']
+    assert (limits['slope'], limits['intercept']) == pytest.approx(tuple(line), rel=1e-6)
+    assert limits['deviation'] == pytest.approx(np.sqrt(np.mean(left**2)), rel=1e-6)
+    # By the dev set's line -3 and -11 are usual for 4 and 20 tokens; of their own line all were.
+    assert result.ids == ['u1', 'u3']
+    other = {**KEY, 'teacher': 'another'}
+    _labelled(tmp_path / 'other', scores, lengths, other)
+    with pytest.raises(DataError, match='another teacher'):
+        filter_labels(labels, {**step, 'fit': str(tmp_path / 'other')})
+
+
+def test_the_row_that_adds_least_to_the_variety_goes_first():
+    random = np.random.default_rng(2)
+    for _ in range(50):
+        # Rows of one length, so that what a row adds and what it adds per token order alike.
+        rows = [random.zipf(1.5, 4).clip(max=30) for _ in range(12)]
+        tokens, counts = np.concatenate(rows), np.full(12, 4)
+        gone = least_varied(tokens, counts, 12, 12)
+        left = list(range(12))
+        for row in gone:
+            present = np.bincount(np.concatenate([rows[i] for i in left]), minlength=31)
+            adds = {i: round(sum(present[w] ** -0.5 for w in rows[i]), 9) for i in left}
+            assert adds[row] == min(adds.values())
+            left.remove(row)
+
+
+def test_balancing_keeps_more_variety_than_chance_and_drops_empty_rows_first():
+    random = np.random.default_rng(3)
+    rows = [random.zipf(1.4, random.integers(1, 9)).clip(max=200) for _ in range(300)] + [[]]
+    tokens, counts = np.concatenate(rows).astype(np.int64), np.array([len(r) for r in rows])
+    for rounds in (1, 8):
+        gone = least_varied(tokens, counts, 150, rounds)
+        assert len(set(gone.tolist())) == 150 and gone[0] == 300
+        kept = [rows[i] for i in set(range(301)) - set(gone.tolist())]
+        entropy = _entropy(kept)
+        for _ in range(20):
+            chance = [rows[i] for i in random.permutation(301)[:151]]
+            assert entropy > _entropy(chance) + 0.05
+    assert least_varied(tokens, counts, 0, 8).size == 0
+
+
+def _entropy(rows) -> float:
+    counts = np.unique(np.concatenate(rows), return_counts=True)[1]
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def test_balance_counts_only_what_earlier_steps_kept(tmp_path):
+    writer = LabelWriter(tmp_path, KEY, 1)
+    # 3 is frequent only among the rows that the first step drops.
+    tokens = [[3], [3], [3], [4], [4], [3]]
+    columns = {'id': list('abcdef'), 'text': list('xxxyyx'), 'tokens': tokens, 'score': [-1.0] * 6}
+    confidence = [0.1, 0.1, 0.1, 0.9, 0.9, 0.9]
+    writer.write(0, columns | {'confidence': confidence, 'seconds': [1.0] * 6})
+    labels = writer.finish()
+    balance = {'kind': 'balance', 'percentile': 34.0, 'rounds': 1}
+    assert ''.join(filter_labels(labels, balance).ids) == 'cdef'
+    result = filter_labels(labels, [{'kind': 'confidence', 'threshold': 0.5}, balance])
+    assert ''.join(result.ids) == 'ef'
+    assert [step['removed_rows'] for step in result.report] == [3, 1]
+
+
 def test_the_most_confident_of_equal_texts_are_kept(tmp_path):
     writer = LabelWriter(tmp_path, KEY, 1)
     texts = ['yes', 'no', 'yes', 'yes', 'no', 'well']
@@ -282,6 +371,8 @@ def test_the_most_confident_of_equal_texts_are_kept(tmp_path):
         ({'kind': 'words_per_second', 'min': 4.0, 'max': 1.0}, 'above max'),
         ({'kind': 'repeats', 'times': 1}, 'times at least 2'),
         ({'kind': 'duplicates', 'times': 0}, 'times is 0; it must be at least 1'),
+        ({'kind': 'balance', 'percentile': 100.0}, 'percentile is 100.0; it must be 0 <= p < 100'),
+        ({'kind': 'balance', 'rounds': 0}, 'rounds is 0; it must be from 1'),
         ({'kind': 'normalised_score'}, 'either percentile or threshold'),
         ({'kind': 'normalised_score', 'threshold': 0, 'fit': (1.0, 2.0)}, 'slope, intercept, dev'),
         ({'kind': 'normalised_score', 'threshold': 0, 'fit': (1, 2, 0)}, 'a deviation above 0'),

@@ -254,6 +254,19 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(make_corpus, tokenize
         }
     }
     assert stream.num_utterances == 60 - 6 - too_long
+    reasons = ['empty_text', 'empty_text', 'digits', 'too_many_labels', *['ctc_impossible'] * 2]
+    listed = sorted(stream.left_out(), key=lambda line: line['id'])
+    assert listed == [
+        {'source': 's0', 'id': f'faulty-{i:04d}', 'reason': reason}
+        for i, reason in enumerate(reasons)
+    ]
+    usable = 60 - too_long
+    told = (
+        rf"'s0': 6 of {usable} texts cannot be learned from .*2 empty_text, such as 'faulty-0000'"
+    )
+    data.stream({**config, 'max_left_out': 6 / usable}, seed=0)
+    with pytest.raises(DataError, match=told):
+        data.stream({**config, 'max_left_out': 5.5 / usable}, seed=0)
     assert not {f'faulty-{i:04d}' for i in range(6)} & {i for k in range(30) for i in stream.ids(k)}
     # A transducer may write several labels in a frame.
     other = data.stream({**config, 'for_ctc': False}, seed=0)

@@ -122,6 +122,15 @@ def test_single_bad_utterances_are_put_aside_and_counted(recipe, experiment, lin
     assert [json.loads(line)['reason'] for line in aside] == ['unreadable']
     trained = json.loads((run / 'supervised' / 'done.json').read_text())['results']
     assert trained['excluded'] == {'ctc': {'labelled': {'ctc_impossible': 1}}}
+    line = {'objective': 'ctc', 'source': 'labelled', 'id': 'long', 'reason': 'ctc_impossible'}
+    assert json.loads((run / 'supervised' / 'left_out.jsonl').read_text()) == line
+    tight = '--config.stages.supervised.streams.mix.max_left_out=0.001'
+    config = experiment(manifest, 'train', 'long')
+    assert "1 ctc_impossible, such as 'long'" in told(
+        recipe.run(tmp_path / 'b', tight, config=config)
+    )
+    strict = '--config.corpora.tones.max_quarantine=0.0'
+    assert "corpus's max_quarantine" in told(recipe.run(tmp_path / 'c', strict, config=config))
 
 
 def test_text_that_the_tokenizer_does_not_know(recipe, experiment, lines, tmp_path):

@@ -8,7 +8,9 @@ import dataclasses
 import itertools
 import json
 import math
+import pathlib
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +122,39 @@ def test_training_fits_and_logs_and_saves_the_last_step(tmp_path):
     assert lines[0]['padding_fraction'] == pytest.approx(0.5)
     assert saved(tmp_path / 'a') == [10, 12]
     assert int(state.step) == STEPS
+
+
+def test_the_log_says_where_the_time_and_the_memory_go(tmp_path, monkeypatch):
+    real = Checkpointer.save
+
+    def slow_save(*given):
+        time.sleep(0.2)
+        return real(*given)
+
+    monkeypatch.setattr(Checkpointer, 'save', slow_save)
+    # Every batch comes late, and a quarter of its rows are fillers.
+    half = Toy(at=lambda k: time.sleep(0.02))
+    batch_of = half._batch
+    half._batch = lambda k: {
+        **batch_of(k), 'sample_counts': np.repeat([80, 0], [24, 8]).astype(np.int32)
+    }  # fmt: skip
+    began = time.monotonic()
+    go(tmp_path / 'a', half)
+    seconds = time.monotonic() - began
+    lines = log(tmp_path / 'a')
+    for line in lines:
+        assert line['input_wait_seconds'] >= 0.02
+        assert line['step_seconds'] >= line['input_wait_seconds']
+        steps_a_second = 1 / line['step_seconds']
+        assert line['examples_per_second'] == pytest.approx(24 * steps_a_second)
+        assert line['audio_seconds_per_second'] == pytest.approx(24 * 80 / 16000 * steps_a_second)
+        assert line['rtfx_per_device'] == line['audio_seconds_per_second']  # one device
+        assert line['padding_fraction'] == pytest.approx(1 - 24 * 80 / (32 * 160))
+        resident = int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * 4096 / 1e6
+        assert line['host_memory_mb'] == pytest.approx(resident, rel=0.5)
+    # Saved after steps 5 and 10, inside the windows that end with 6 and 12.
+    held_up = [line['step'] for line in lines if line['save_seconds'] >= 0.2]
+    assert held_up == [6, 12] and sum(line['save_seconds'] for line in lines) < seconds
 
 
 @pytest.mark.parametrize('broken_at', [3, 7, 11])
