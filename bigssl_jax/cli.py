@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = make_parser()
     options, rest = parser.parse_known_args(words)
+    options.words = words
     try:
         options.overrides = collect_overrides(rest, options.verb)
     except ValueError as error:
@@ -322,7 +323,12 @@ def _add_plan(verbs: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
+    from bigssl_jax.compiler_crashes import NOTE, run_surviving
     from bigssl_jax.parallel.topologies import configure_ahead_of_time
+
+    if NOTE not in os.environ:
+        # Its child writes --json, and says what is wrong.
+        sys.exit(run_surviving([sys.executable, '-m', 'bigssl_jax', *options.words]))
 
     configure_ahead_of_time()
     from bigssl_jax.stages.plan import plan_command

@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     'config': set(),
     'overrides': {'config'},
     'sweeps': {'config'},
+    'compiler_crashes': set(),
     'parallel': {'config'},
     'audio': _BOTTOM,
     'models': _BOTTOM | {'audio'},
@@ -30,10 +31,12 @@ ALLOWED: dict[str, set[str]] = {
     'training': _MODEL | {'objectives', 'decoding'},
     'evaluation': _MODEL | {'objectives', 'decoding'},
     'data': {'config'},
-    'stages': _MODEL | {'objectives', 'decoding', 'training', 'evaluation', 'data'},
+    'stages': _MODEL
+    | {'objectives', 'decoding', 'training', 'evaluation', 'data', 'compiler_crashes'},
     'exits': {'config', 'training'},
     'verbs': _BOTTOM | {'stages', 'evaluation', 'data'},
-    'cli': _BOTTOM | {'exits', 'verbs', 'stages', 'training', 'evaluation', 'data'},
+    'cli': _BOTTOM
+    | {'exits', 'verbs', 'compiler_crashes', 'stages', 'training', 'evaluation', 'data'},
     '__init__': set(),
     '__main__': {'cli'},
 }

@@ -13,6 +13,7 @@ from plan_experiment import AXES, ONE, experiment, question, write_experiment
 
 from bigssl_jax import cli
 from bigssl_jax import config as config_lib
+from bigssl_jax.compiler_crashes import NOTE
 from bigssl_jax.parallel.cost import count_flops
 from bigssl_jax.parallel.topologies import GIB
 from bigssl_jax.stages import schema
@@ -302,6 +303,7 @@ def test_bad_input_is_one_line_before_anything_is_compiled(
     experiment_file, words, told, capsys, monkeypatch
 ):
     monkeypatch.setattr(compilation, '_compile', lambda *_: pytest.fail('compiled'))
+    monkeypatch.setenv(NOTE, os.devnull)  # in this process
     assert cli.main(['plan', '--config', str(experiment_file), *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from bigssl_jax.compiler_crashes import CRASHED, noted
 from bigssl_jax.parallel.collectives import collectives
 from bigssl_jax.parallel.hbm import hbm_bytes
 from bigssl_jax.stages import artefacts
@@ -64,8 +65,8 @@ class Compiled:
       fits: whether the compiler found room; if not, `memory` is None and nothing is known of
         collectives and traffic.
       memory: of one device.
-      needed, available: bytes per device that it needs and that there are.
-      complaint: the compiler's own words when it does not fit.
+      needed, available: bytes per device that it needs (0: not known) and that there are.
+      complaint: the compiler's own words when it does not fit; `CRASHED` when it died.
       collectives: one mapping (fields of parallel.collectives.Collective) for each.
       hbm_bytes: that one device reads and writes in one step, an estimate.
       seconds: that compiling took.
@@ -109,7 +110,7 @@ def compile_program(
     path = cache / f'{_name(lowered.as_text(), program, effort)}.json'
     found = artefacts.read_json(path)
     if found is None:
-        with _effort(effort):
+        with _effort(effort), noted(path, _crashed(limit)):
             found = _compile(lowered, program, limit)
         artefacts.write_json(path, found)
     memory = found.pop('memory')
@@ -140,6 +141,22 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ''
+
+
+def _crashed(limit: int) -> dict[str, Any]:
+    """The answer for a program that crashes the compiler."""
+    return dataclasses.asdict(
+        Compiled(
+            fits=False,
+            memory=None,
+            needed=0,
+            available=limit,
+            complaint=CRASHED,
+            collectives=(),
+            hbm_bytes=0.0,
+            seconds=0.0,
+        )
+    )
 
 
 def _compile(lowered: Any, program: Program, limit: int) -> dict[str, Any]:

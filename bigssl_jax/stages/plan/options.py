@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from bigssl_jax.compiler_crashes import CRASHED
 from bigssl_jax.config import UserError
 from bigssl_jax.models.config import REMAT
 from bigssl_jax.parallel import batch_parts
@@ -60,6 +61,7 @@ def find_largest(question: Question, made: Plan | None = None) -> tuple[Largest,
         changes=changes,
         peak=low.needed,
         refused_rows=high.units * stream.multiple if high else None,
+        crashed=bool(high and high.result and high.result[1].complaint == CRASHED),
     )
     return largest, question.change(changes)
 

@@ -61,6 +61,7 @@ class Largest:
       changes: config fields that make it.
       peak: bytes of HBM at its peak.
       refused_rows: the smallest batch that was seen not to fit; None: none was.
+      crashed: whether that one does not fit because the compiler crashes.
     """
 
     rows: int
@@ -68,6 +69,7 @@ class Largest:
     changes: Mapping[str, Any]
     peak: int
     refused_rows: int | None
+    crashed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bigssl_jax.compiler_crashes import CRASHED
 from bigssl_jax.stages.plan.options import Found, mesh_text
 from bigssl_jax.stages.plan.price import Plan
 from bigssl_jax.training.metrics import clock
@@ -69,7 +70,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield 'HBM temporaries', gib(memory.temporaries)
         yield 'HBM peak', f'{gib(memory.peak)} of {gib(plan.limit)}; {gib(plan.headroom)} left'
     else:
-        yield 'HBM needed', f'{gib(plan.needed)} of {gib(plan.limit)}: DOES NOT FIT'
+        needed = f'not known, {CRASHED}' if plan.complaint == CRASHED else gib(plan.needed)
+        yield 'HBM needed', f'{needed} of {gib(plan.limit)}: DOES NOT FIT'
     yield 'model FLOPs', f'{si(plan.model_flops)}FLOP a step'
     more = plan.hardware_flops / plan.model_flops - 1
     yield 'hardware FLOPs', f'{si(plan.hardware_flops)}FLOP a step ({more:+.1%}: recomputed)'
@@ -100,10 +102,11 @@ def _bounds(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.largest:
         rows = f'{plan.largest.rows:,} rows ({plan.largest.rows_per_device:g} a device)'
         refused = plan.largest.refused_rows
+        verb = 'crash the compiler' if plan.largest.crashed else 'do not fit'
         yield (
             'largest batch',
             f'{rows}, peak {gib(plan.largest.peak)}'
-            + (f'; {refused:,} rows do not fit' if refused else ''),
+            + (f'; {refused:,} rows {verb}' if refused else ''),
         )
 
 
