@@ -13,13 +13,13 @@ FOLDER = pathlib.Path(__file__).parents[1] / 'benchmarks'
 @pytest.mark.slow
 def test_transducer_loss(tmp_path):
     written = tmp_path / 'result.json'
-    words = ['--no-peer', '--repeats', '1', '--sizes', '2,200,20,128', '--json', str(written)]
+    words = ['--no-peer', '--repeats', '1', '--sizes', '2,200,20,1024', '--json', str(written)]
     done = subprocess.run(
         [sys.executable, str(FOLDER / 'transducer_loss.py'), *words],
         capture_output=True, text=True, timeout=250, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert 'B 2, T 200, U 20, V 128' in done.stdout
+    assert 'B 2, T 200, U 20, V 1024' in done.stdout
     (found,) = json.loads(written.read_text())
     forms = found['forms']
     fused, reference = (forms[f'from frames: {form}'] for form in ('fused', 'reference'))
