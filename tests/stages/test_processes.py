@@ -156,7 +156,7 @@ def test_the_whole_recipe_in_two_processes(start, finished, tmp_path):
         assert streams(workdir, stage).keys() == streams(finished.workdir, stage).keys()
     # Dev scores come from the hypotheses of both processes.
     dev = [line['dev_cer'] for line in log(workdir, 'student').values() if 'dev_cer' in line]
-    assert len(dev) == 2 and all(0 <= rate < 1 for rate in dev)
+    assert len(dev) == 2 and dev[1] < 0.5  # half-way it may not have written anything yet
 
     ours = {name: json.loads((workdir / name / 'done.json').read_text()) for name in finished.done}
     rows = [done['labels']['outputs']['rows'] for done in (ours, finished.done)]
