@@ -11,9 +11,8 @@
 Several processes of one run end with the code of the one that ended first (parallel/peers.py).
 """
 
-import errno
-
 from bigssl_jax.config import UserError
+from bigssl_jax.training.disk import MENDABLE
 from bigssl_jax.training.signals import STOPPED_EXIT_CODE, Stopped
 
 EXIT_DEFECT = 1
@@ -21,9 +20,6 @@ EXIT_USER_ERROR = 2
 EXIT_STOPPED = STOPPED_EXIT_CODE
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
-
-# Conditions of the machine, not of the program: a full or read-only disk, missing permission.
-_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def exit_of(error: BaseException) -> tuple[int, str]:
@@ -36,6 +32,6 @@ def exit_of(error: BaseException) -> tuple[int, str]:
         return EXIT_INTERRUPTED, 'interrupted; the same command continues'
     if isinstance(error, SystemExit):
         return int(error.code or 0), 'asked to stop; the same command continues'
-    if isinstance(error, OSError) and error.errno in _MENDABLE:
+    if isinstance(error, OSError) and error.errno in MENDABLE:
         return EXIT_USER_ERROR, f'{error.filename or "writing"}: {error.strerror}'
     return EXIT_DEFECT, ''

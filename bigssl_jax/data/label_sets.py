@@ -363,7 +363,10 @@ class LabelSet:
         directory = os.fspath(directory)
         record = _read_record(directory)
         for fault in _faults(directory, record):
-            raise DataError(f'{fault}: make the labels again')
+            raise DataError(
+                f'{fault}: remove done.json of the stage that made these labels and run it again;'
+                ' whole parts are kept'
+            )
         return cls(directory, record)
 
     def verify(self) -> None:

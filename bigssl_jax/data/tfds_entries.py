@@ -105,15 +105,57 @@ class TfdsEntries:
     def __iter__(self) -> Iterator[Entry]:
         seen: set[str] = set()
         for split in self._splits:
-            for number, example in enumerate(self._examples(split)):
+            for number, example in enumerate(self._whole(split)):
                 entry = self._entry(example, split, number)
                 if entry.id in seen:
                     raise DataError(f'{self.source}: id {entry.id!r} is used twice; ids are unique')
                 seen.add(entry.id)
                 yield entry
 
+    def _whole(self, split: str) -> Iterator[dict[str, Any]]:
+        """The examples of a split; DataError when its files are gone, cut or changed."""
+        examples = self._examples(split)
+        count = 0
+        while True:
+            try:
+                example = next(examples, None)
+            except DataError:
+                raise
+            except Exception as error:  # of TensorFlow, Riegeli, TFDS: each has its own kinds
+                reason = ' '.join(str(error).split())[-300:] or type(error).__name__
+                raise self._damaged(split, reason) from error
+            if example is None:
+                break
+            count += 1
+            yield example
+        promised = self._builder.info.splits[split].num_examples
+        if count != promised:
+            raise self._damaged(split, f'{count} examples, dataset_info.json promises {promised}')
+
+    def _damaged(self, split: str, reason: str) -> DataError:
+        return DataError(
+            f'{self.source}, split {split!r} in {self._builder.data_path}: cannot be read:'
+            f' {reason}; copy its files again, or remove that folder and build the dataset anew'
+        )
+
+    def _check_array_records(self, split: str) -> None:
+        """Refuses a file that is cut or gone: reading one can also give empty records."""
+        from array_record.python import array_record_module
+
+        info = self._builder.info.splits[split]
+        for path, promised in zip(info.filepaths, info.shard_lengths, strict=True):
+            name = os.path.basename(path)
+            if not os.path.exists(path):
+                raise self._damaged(split, f'{name} is missing')
+            reader = array_record_module.ArrayRecordReader(str(path), 'readahead_buffer_size:0')
+            found = reader.num_records() if reader.ok() else 0
+            reader.close()
+            if found != promised:
+                raise self._damaged(split, f'{name} holds {found} records, not {promised}')
+
     def _examples(self, split: str) -> Iterator[dict[str, Any]]:
         if 'array_record' in str(self._builder.info.file_format.value):
+            self._check_array_records(split)
             yield from self._builder.as_data_source(split)
             return
         import tensorflow_datasets as tfds

@@ -8,6 +8,7 @@ Several processes run the same stages together.  What is read to decide and what
 process 0's business: the others wait for it, and when it fails, they end with its reason.
 """
 
+import contextlib
 import datetime
 import importlib
 import json
@@ -238,7 +239,10 @@ def _run_stage(given: Mapping[str, Any]) -> None:
     finally:
         seconds = before + time.monotonic() - started
         if is_primary():
-            artefacts.write_json(context.directory / 'elapsed.json', {'seconds': round(seconds, 1)})
+            with contextlib.suppress(UserError):  # a full disk: whoever needed it has said so
+                artefacts.write_json(
+                    context.directory / 'elapsed.json', {'seconds': round(seconds, 1)}
+                )
     if is_primary():
         write_done(context, kind, inputs, outputs, results, seconds)
     barrier(f'{name} ends', WORK_SECONDS)

@@ -200,6 +200,11 @@ def _open_streams(context: Context) -> dict[str, Stream]:
         )
         for name, given in fields['objectives'].items()
     }
+    if is_primary():
+        # Of a cut shard, training would otherwise learn when it comes to it, perhaps after days.
+        corpora = {s.corpus.directory: s.corpus for one in streams.values() for s in one.sources}
+        for corpus in corpora.values():
+            corpus.verify()
     barrier(f'streams of {context.name}')  # all have read what the first may now write
     if is_primary():
         corpora = {c.corpus.directory: c.corpus for s in streams.values() for c in s.sources}

@@ -31,6 +31,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from bigssl_jax.config import UserError
 from bigssl_jax.parallel.distributed import barrier, from_primary, gather, is_primary, say
 from bigssl_jax.parallel.fingerprint import fingerprint
+from bigssl_jax.training.disk import writing
 
 # A device reads whole chunks: small ones let another mesh read little more than its own pieces.
 CHUNK_BYTES = 16 * 2**20
@@ -117,13 +118,15 @@ class Checkpointer:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f'cannot write checkpoints to {directory}: {error}') from error
+        if not os.access(self.directory, os.W_OK):
+            raise CheckpointError(f'cannot write checkpoints to {directory}: it is read-only')
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.policy(),
             best_fn=lambda metrics: metrics[keep.metric],
             best_mode='min',
             enable_async_checkpointing=True,
         )
-        with quiet_orbax():
+        with quiet_orbax(), self._writing():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
@@ -148,12 +151,16 @@ class Checkpointer:
           state: arrays.
           cursor: what `restore` gives back beside them; JSON.
           metrics: of the dev set, where this state was scored on it.
+
+        Raises:
+          CheckpointError: the disk is full or cannot be written; often of the save before this one,
+            which went on beside the training.
         """
         if step in self._manager.all_steps():
             return
         scored = {k: v for k, v in (metrics or {}).items() if k == self._metric}
         record = {**self._identity, RECORD: {'cursor': cursor, 'state': fingerprint(state)}}
-        with quiet_orbax():
+        with quiet_orbax(), self._writing():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -262,13 +269,18 @@ class Checkpointer:
         barrier(f'checkpoints after {step} dropped')
 
     def wait(self) -> None:
-        """Blocks until every started save is on disk."""
-        self._manager.wait_until_finished()
+        """Blocks until every started save is on disk; CheckpointError when it cannot be."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finishes pending saves and releases threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing('checkpoints', self.directory, CheckpointError)
 
 
 def save_arrays(directory: pathlib.Path, tree: Any) -> None:
@@ -278,8 +290,9 @@ def save_arrays(directory: pathlib.Path, tree: Any) -> None:
     devices hold; numpy arrays are written by the first.  `directory` appears when it is complete.
     """
     arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory, tree, save_args=arguments)
+    with quiet_orbax(), writing('arrays', directory, CheckpointError):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(directory, tree, save_args=arguments)
 
 
 def stored_shapes(directory: pathlib.Path) -> Any:
@@ -324,10 +337,16 @@ def restore_arrays(directory: pathlib.Path, wanted: Any) -> Any:
             raise CheckpointError(f'{directory} is damaged: {reason}') from error
 
 
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Its threads log, with their stacks, what is raised here as well."""
+    return '/orbax/' not in record.pathname or record.levelno < logging.ERROR
+
+
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
     """Silences Orbax, which logs dozens of lines per checkpoint; warnings still pass."""
     loggers = [logging.getLogger('absl'), logging.getLogger('orbax')]
+    loggers[0].addFilter(_not_of_orbax)  # to stay: threads go on after the block; twice is once
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bigssl_jax.parallel.distributed import is_primary
+from bigssl_jax.training.disk import writing
 
 
 def truncate_after(path: pathlib.Path, step: int) -> None:
@@ -44,21 +45,24 @@ class MetricLog:
 
     def __init__(self, directory: pathlib.Path, start_step: int, tensorboard: bool):
         self._path = directory / 'metrics.jsonl'
-        truncate_after(self._path, start_step)
-        self._file = self._path.open('a')
+        with writing('the log', self._path):
+            truncate_after(self._path, start_step)
+            self._file = self._path.open('a')
         self._writer = _tensorboard_writer(directory / 'tensorboard') if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one line; scalars also go to TensorBoard."""
-        self._file.write(json.dumps({'step': step, **values}) + '\n')
-        self._file.flush()
+        with writing('the log', self._path):
+            self._file.write(json.dumps({'step': step, **values}) + '\n')
+            self._file.flush()
         if self._writer is not None:
             scalars = {k: v for k, v in values.items() if isinstance(v, int | float)}
             self._writer.write_scalars(step, scalars)
 
     def close(self) -> None:
         """Flushes everything to disk."""
-        self._file.close()
+        with writing('the log', self._path):
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 

@@ -1,6 +1,7 @@
 """TFDS builders become corpora: encoded bytes and TFDS's own Audio feature, in stored order."""
 
 import io
+import pathlib
 
 import numpy as np
 import pytest
@@ -134,3 +135,23 @@ def test_unknown_builders_and_datasets_without_speech_are_one_line(tmp_path):
     assert '\n' not in str(caught.value)
     with pytest.raises(DataError, match='has no feature audio or speech; it has label'):
         prepared('no_speech', tmp_path)
+
+
+@pytest.mark.parametrize('form', ['array_record', 'tfrecord'])
+def test_a_file_that_is_cut_or_gone_is_named_in_one_line(tmp_path, form):
+    builder = tfds.builder('coded_speech', data_dir=str(tmp_path / 'tfds'), file_format=form)
+    builder.download_and_prepare()
+    folder = pathlib.Path(builder.data_path)
+    (file,) = folder.glob(f'*{form}*')
+    content = file.read_bytes()
+    # The second half of an ArrayRecord of this size is its index.
+    for harm in (content[:-7], content[: len(content) // 2], content[:10], None):
+        file.unlink() if harm is None else file.write_bytes(harm)
+        with pytest.raises(DataError) as caught:
+            prepared(str(folder), tmp_path)
+        said = str(caught.value)
+        assert "split 'train' in" in said and str(folder) in said and '\n' not in said
+        assert 'copy its files again' in said
+        assert not (tmp_path / 'c' / 'corpus.json').exists()
+    file.write_bytes(content)
+    assert prepared(str(folder), tmp_path)[1].num_rows == 3

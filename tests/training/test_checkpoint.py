@@ -1,5 +1,7 @@
 """Checkpoints come back bit for bit on any mesh, the newest are kept, another run's are refused."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -11,9 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from disks import small_disk
 
 from bigssl_jax.parallel.fingerprint import fingerprint
-from bigssl_jax.training.checkpoint import TREE, Checkpointer, CheckpointError, Keep, tree_hash
+from bigssl_jax.training.checkpoint import (
+    TREE,
+    Checkpointer,
+    CheckpointError,
+    Keep,
+    tree_hash,
+)
 from bigssl_jax.training.state import TrainState
 
 IDENTITY = {'config': 'c0ffee', 'stream of ctc': 'feed'}
@@ -142,6 +151,35 @@ def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
     (tmp_path / 'file').write_text('in the way')
     with pytest.raises(CheckpointError, match='cannot write checkpoints'):
         Checkpointer(tmp_path / 'file' / 'checkpoints', Keep(1), IDENTITY)
+
+
+@pytest.mark.slow
+def test_a_full_and_a_read_only_disk_are_one_line_and_what_was_saved_stays(tmp_path, capfd):
+    state = make_state(1)
+    noise = np.random.default_rng(0).normal(size=(500, 400)).astype(np.float32)
+    state = dataclasses.replace(state, params={'kernel': jnp.asarray(noise)})
+    with small_disk(tmp_path / 'disk', '4m') as disk:
+        folder = disk.seen / 'checkpoints'
+        checkpointer = Checkpointer(folder, Keep(99), IDENTITY)
+        with pytest.raises(CheckpointError) as refusal:
+            for step in range(1, 20):
+                checkpointer.save(step, state)
+        full = f'cannot write checkpoints to {folder}: No space left on device; mend that'
+        assert full in str(refusal.value)
+        with contextlib.suppress(CheckpointError):
+            checkpointer.close()
+        assert 'Traceback' not in capfd.readouterr().err  # not of Orbax's threads, either
+
+        disk.remount('size=16m')
+        again = Checkpointer(folder, Keep(99), IDENTITY)
+        newest = again.steps()[0]
+        assert again.steps() == list(range(newest, 0, -1)) and newest < 6
+        assert fingerprint(again.restore(newest, abstract(state))[0]) == fingerprint(state)
+        again.save(newest + 1, state)
+        again.close()
+        disk.remount('ro')
+        with pytest.raises(CheckpointError, match='checkpoints: it is read-only'):
+            Checkpointer(folder, Keep(99), IDENTITY)
 
 
 # Random bits in all that a stage may keep: two optimizers, averages, constants, counters.
