@@ -32,6 +32,7 @@ INSTALL_REQUIRES = [
     'tensorflow>=2.20,<2.22',
     'tensorflow-datasets>=4.9.10,<5',
     'importlib_resources>=6.4,<8',  # TFDS imports it when it builds, and does not declare it
+    'array_record>=0.8.1,<0.9',
     'seqio>=0.0.20,<0.1',
     'sentencepiece>=0.2.1,<0.3',
     'pyarrow>=20,<27',

@@ -10,7 +10,9 @@ programs of devices that are not there.
 """
 
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -112,9 +114,21 @@ def compile_program(
     if found is None:
         with _effort(effort), noted(path, _crashed(limit)):
             found = _compile(lowered, program, limit)
+        _give_back_memory()
         artefacts.write_json(path, found)
     memory = found.pop('memory')
     return Compiled(memory=Memory(**memory) if memory else None, **found)
+
+
+def _give_back_memory() -> None:
+    """What the compiler and the text of its program took goes back to the system.
+
+    The allocator of glibc would keep gigabytes of it while the next compilation asks for more.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim is not None:
+        trim(0)
 
 
 @contextlib.contextmanager
