@@ -22,7 +22,7 @@ TESTS ?=
 
 help:
 	@echo 'make quickstart   pre-train, fine-tune, pseudo-label, self-train and score real speech'
-	@echo 'make test         lint, types and the test suite (under 10 minutes on 2 cores)'
+	@echo 'make test         lint, types and the test suite (about 12 minutes on 2 cores)'
 	@echo 'make test-slow    the tests that take longer'
 	@echo 'make lint         ruff and mypy;  make format: let ruff lay out the code'
 	@echo 'make benchmark    our train step against a PyTorch Conformer of the same size'
