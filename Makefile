@@ -18,12 +18,13 @@ WORKDIR ?= runs/$(if $(CORPUS),quickstart-own,quickstart)
 # Arguments for pytest, for example: make test TESTS=tests/models
 TESTS ?=
 
-.PHONY: help install quickstart test test-slow lint format typecheck benchmark lock clean
+.PHONY: help install quickstart test test-slow test-faults lint format typecheck benchmark lock clean
 
 help:
 	@echo 'make quickstart   pre-train, fine-tune, pseudo-label, self-train and score real speech'
 	@echo 'make test         lint, types and the test suite (about 12 minutes on 2 cores)'
 	@echo 'make test-slow    the tests that take longer'
+	@echo 'make test-faults  those that do harm: kills, full disks, damaged files (@@ minutes)'
 	@echo 'make lint         ruff and mypy;  make format: let ruff lay out the code'
 	@echo 'make benchmark    our train step against a PyTorch Conformer of the same size'
 	@echo 'make lock         resolve the newest allowed versions into the lock of this Python'
@@ -54,6 +55,10 @@ test: lint
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -q -m slow $(TESTS)
+
+# What they print says which moments were hit.
+test-faults: .venv/installed
+	$(BIN)/python -m pytest -q -m 'not network' tests/faults
 
 lint: .venv/installed
 	$(BIN)/ruff check .

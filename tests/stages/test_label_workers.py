@@ -3,13 +3,10 @@
 import itertools
 import json
 import pathlib
-import shutil
-import signal
-import subprocess
-import time
 
 import numpy as np
 import pytest
+from tones import with_teacher
 
 from bigssl_jax.config import ConfigError, UserError
 from bigssl_jax.data.label_sets import LabelSet
@@ -17,7 +14,6 @@ from bigssl_jax.stages import schema
 from bigssl_jax.stages.label import label_command
 
 HERE = pathlib.Path(__file__).parent
-PARTS = ('--config.stages.labels.part_hours=0.004', '--config.stages.labels.lease_seconds=20')
 
 
 @pytest.fixture
@@ -105,54 +101,3 @@ def test_posteriors_are_those_that_greedy_decoding_heard(recipe, finished, tmp_p
     # The labels are those of a stage without posteriors.
     plain = LabelSet.open(finished.workdir / 'labels' / 'labels').table(['id', 'text'])
     assert labels.table(['id', 'text']).equals(plain)
-
-
-def with_teacher(finished, workdir: pathlib.Path) -> pathlib.Path:
-    """A copy of the finished run without its labels and what was made from them."""
-    ignored = shutil.ignore_patterns('labels', 'student', 'evaluate', 'report.html')
-    return shutil.copytree(finished.workdir, workdir, ignore=ignored)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1000)
-def test_workers_and_a_run_make_one_set_though_one_of_them_is_killed(recipe, finished, tmp_path):
-    alone, many = (with_teacher(finished, tmp_path / name) for name in ('alone', 'many'))
-
-    def start(verb: str, workdir: pathlib.Path, *words: str) -> subprocess.Popen:
-        command = [verb if word == 'run' else word for word in recipe.command(workdir, *words)]
-        return subprocess.Popen(
-            [*command, *PARTS],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=HERE.parents[1],
-            env=recipe.environment(),
-        )
-
-    ended = start('label', alone)
-    said, _ = ended.communicate(timeout=300)
-    assert ended.returncode == 0, said
-    assert 'labels: part 6/6' in said and 'audio/s' in said
-
-    killed = start('label', many, '--stage', 'labels')
-    limit = time.monotonic() + 200
-    while not list(many.glob('labels/labels/ledger/*.claim-0001')):
-        assert killed.poll() is None and time.monotonic() < limit
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    workers = [start('label', many), start('label', many), start('run', many, '--stages', 'labels')]
-    said = [worker.communicate(timeout=300)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0, 0], said
-    killed.communicate()
-
-    done = [json.loads((w / 'labels' / 'done.json').read_text()) for w in (alone, many)]
-    for field in ('outputs', 'inputs', 'identity'):
-        assert done[0][field] == done[1][field]
-    for result in ('utterances', 'hours', 'kept_hours', 'filter', 'label_wer'):
-        assert done[0]['results'][result] == done[1]['results'][result]
-    files = [
-        {p.name: p.read_bytes() for p in (w / 'labels' / 'labels').iterdir() if p.is_file()}
-        for w in (alone, many)
-    ]
-    assert len(files[0]) == 7 and files[0] == files[1]
-    assert not list(many.rglob('*.claim-*'))

@@ -5,73 +5,15 @@ the same streams, the same losses to a tolerance, every file written once.
 """
 
 import json
-import os
 import pathlib
 import signal
-import socket
-import subprocess
 import time
-from collections.abc import Callable
 
 import pytest
+from tone_processes import Processes, log, losses, streams
 
 HERE = pathlib.Path(__file__).parent
 CHANGES = ('--config.stages.pretrain.log_every=1', '--config.stages.pretrain.save_every=5')
-
-
-class Processes:
-    """`bigssl run` in several processes of this machine."""
-
-    def __init__(
-        self, recipe, folder: pathlib.Path, workdir, count: int, *words: str,
-        config: str | None = None, last: tuple[str, ...] = (),
-    ):  # fmt: skip
-        """`last`: words that the last process alone is given."""
-        with socket.socket() as probe:
-            probe.bind(('127.0.0.1', 0))
-            address = f'127.0.0.1:{probe.getsockname()[1]}'
-        folder.mkdir()
-        self.said = [folder / str(i) for i in range(count)]
-        self.processes = []
-        for i in range(count):
-            environment = {
-                **os.environ,
-                'JAX_COMPILATION_CACHE_DIR': str(recipe.cache),
-                'BIGSSL_COORDINATOR': address,
-                'BIGSSL_NUM_PROCESSES': str(count),
-                'BIGSSL_PROCESS_ID': str(i),
-                # As many devices as the machine has cores would be another number of batch parts.
-                'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
-            }
-            with self.said[i].open('w') as output:
-                self.processes.append(
-                    subprocess.Popen(
-                        recipe.command(
-                            workdir, *words, *(last if i == count - 1 else ()), config=config
-                        ),
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        cwd=HERE.parents[1],
-                        env=environment,
-                    )
-                )
-
-    def codes(self, seconds: float = 1000.0) -> list[int]:
-        limit = time.monotonic() + seconds
-        return [p.wait(max(0.0, limit - time.monotonic())) for p in self.processes]
-
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        limit = time.monotonic() + 1000
-        while not condition():
-            assert all(p.poll() is None for p in self.processes), self.told()
-            assert time.monotonic() < limit
-            time.sleep(0.01)
-
-    def told(self) -> str:
-        return '\n----\n'.join(path.read_text() for path in self.said)
-
-    def last_lines(self) -> list[str]:
-        return [path.read_text().strip().splitlines()[-1] for path in self.said]
 
 
 @pytest.fixture
@@ -86,6 +28,7 @@ def start(recipe, tmp_path):
 
     yield start_all
     for run in begun:
+<<<<<<< HEAD
         for process in run.processes:
             process.kill()
             process.wait()
@@ -108,6 +51,9 @@ def streams(workdir: pathlib.Path, stage: str) -> dict[str, str]:
     newest = max(int(p.name) for p in (workdir / stage / 'checkpoints').glob('[0-9]*'))
     (record,) = (workdir / stage / 'checkpoints' / str(newest) / 'identity').glob('metadata')
     return {name: x for name, x in json.loads(record.read_text()).items() if name != 'saved'}
+=======
+        run.end()
+>>>>>>> 9e31207 (Tests that do the harm, in tests/faults; a cut shard or dataset is found before any work)
 
 
 @pytest.mark.slow

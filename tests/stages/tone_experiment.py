@@ -1,4 +1,4 @@
-"""The whole recipe on tone speech (see conftest.py), small enough to train in seconds.
+"""The whole recipe on tone speech (see tones.py), small enough to train in seconds.
 
 bigssl run --config tests/stages/tone_experiment.py:MANIFEST --workdir DIR
 """
