@@ -125,6 +125,8 @@ class Checkpointer:
             best_fn=lambda metrics: metrics[keep.metric],
             best_mode='min',
             enable_async_checkpointing=True,
+            # What a kill left half saved; another step's would otherwise stay for ever.
+            cleanup_tmp_directories=True,
         )
         with quiet_orbax(), self._writing():
             self._manager = ocp.CheckpointManager(self.directory, options=options)

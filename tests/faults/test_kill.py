@@ -94,7 +94,7 @@ def logged_steps(stage: pathlib.Path) -> list[int]:
 
 def logged_losses(stage: pathlib.Path) -> list[tuple[int, float]]:
     lines = map(json.loads, (stage / 'metrics.jsonl').read_text().splitlines())
-    return [(line['step'], line['loss']) for line in lines]
+    return [(line['step'], line['loss']) for line in lines if 'loss' in line]
 
 
 def saved_steps(stage: pathlib.Path) -> list[int]:

@@ -28,32 +28,7 @@ def start(recipe, tmp_path):
 
     yield start_all
     for run in begun:
-<<<<<<< HEAD
-        for process in run.processes:
-            process.kill()
-            process.wait()
-
-
-def log(workdir: pathlib.Path, stage: str) -> dict[int, dict]:
-    path = workdir / stage / 'metrics.jsonl'
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith('}')]
-    assert len({line['step'] for line in found}) == len(found), 'a step was logged twice'
-    return {line['step']: line for line in found}
-
-
-def losses(workdir: pathlib.Path, stage: str) -> list[float]:
-    return [line['loss'] for line in log(workdir, stage).values() if 'loss' in line]
-
-
-def streams(workdir: pathlib.Path, stage: str) -> dict[str, str]:
-    """Fingerprints of the batches that the newest checkpoint was made from."""
-    newest = max(int(p.name) for p in (workdir / stage / 'checkpoints').glob('[0-9]*'))
-    (record,) = (workdir / stage / 'checkpoints' / str(newest) / 'identity').glob('metadata')
-    return {name: x for name, x in json.loads(record.read_text()).items() if name != 'saved'}
-=======
         run.end()
->>>>>>> 9e31207 (Tests that do the harm, in tests/faults; a cut shard or dataset is found before any work)
 
 
 @pytest.mark.slow

@@ -84,11 +84,11 @@ def log(workdir: pathlib.Path, stage: str) -> dict[int, dict]:
 
 
 def losses(workdir: pathlib.Path, stage: str) -> list[float]:
-    return [line['loss'] for line in log(workdir, stage).values()]
+    return [line['loss'] for line in log(workdir, stage).values() if 'loss' in line]
 
 
 def streams(workdir: pathlib.Path, stage: str) -> dict[str, str]:
     """Fingerprints of the batches that the newest checkpoint was made from."""
     newest = max(int(p.name) for p in (workdir / stage / 'checkpoints').glob('[0-9]*'))
     (record,) = (workdir / stage / 'checkpoints' / str(newest) / 'identity').glob('metadata')
-    return json.loads(record.read_text())
+    return {name: x for name, x in json.loads(record.read_text()).items() if name != 'saved'}

@@ -138,13 +138,14 @@ def test_another_identity_can_be_accepted_but_no_other_arrays(open_checkpointer)
         wide.restore(4, abstract(make_state(4)))
 
 
-def test_an_unfinished_checkpoint_is_not_the_latest(open_checkpointer, tmp_path):
+def test_an_unfinished_checkpoint_is_not_the_latest_and_does_not_stay(open_checkpointer, tmp_path):
     checkpointer = open_checkpointer()
     checkpointer.save(5, make_state(5))
     checkpointer.wait()
     # What Orbax leaves when it is killed while saving step 6.
     (tmp_path / 'checkpoints' / '6.orbax-checkpoint-tmp').mkdir()
     assert open_checkpointer().steps() == [5]
+    assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['5']
 
 
 def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
