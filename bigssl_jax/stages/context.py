@@ -148,7 +148,12 @@ class Context:
         return record['rows_multiple'] if record and saved else None
 
     def remember_batches(self) -> None:
-        """Notes what batches are a multiple of, for a run that continues on other devices."""
+        """Notes what batches are a multiple of, for a run that continues on other devices.
+
+        Streams that say so themselves need no note.
+        """
+        if all(stream['rows_multiple'] for stream in self.fields['streams'].values()):
+            return
         multiple = self.rows_multiple(0)
         artefacts.write_json(self.directory / 'batches.json', {'rows_multiple': multiple})
 
