@@ -39,9 +39,7 @@ def quiet_callbacks() -> None:
     """
     before = sys.excepthook
 
-    def hook(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not (isinstance(error, RuntimeError) and str(error) == 'Event loop is closed'):
             before(kind, error, trace)
 
