@@ -34,8 +34,8 @@ def refusal(error: BaseException | None) -> str | None:
 def quiet_callbacks() -> None:
     """Keeps quiet what TensorStore says after a save that failed.
 
-    It tells each of its writes to a loop that Orbax has closed by then: dozens of tracebacks for one
-    full disk, from threads of its own.
+    It tells each of its writes to a loop that Orbax has closed by then: dozens of tracebacks for
+    one full disk, from threads of its own.
     """
     before = sys.excepthook
 
