@@ -31,7 +31,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from bigssl_jax.config import UserError
 from bigssl_jax.parallel.distributed import barrier, from_primary, gather, is_primary, say
 from bigssl_jax.parallel.fingerprint import fingerprint
-from bigssl_jax.training.disk import quiet_callbacks, writing
+from bigssl_jax.training.disk import writing
 
 # A device reads whole chunks: small ones let another mesh read little more than its own pieces.
 CHUNK_BYTES = 16 * 2**20
@@ -114,7 +114,6 @@ class Checkpointer:
         self.directory = pathlib.Path(directory).absolute()
         self._identity, self._metric = dict(identity), keep.metric
         self._accepted = [dict(other) for other in accepted]
-        quiet_callbacks()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -6,13 +6,10 @@ and Orbax raises that again in another thread, so the text is what there is to g
 
 import contextlib
 import errno
-import functools
 import os
 import pathlib
-import sys
 import warnings
 from collections.abc import Iterator
-from types import TracebackType
 
 from bigssl_jax.config import UserError
 
@@ -28,22 +25,6 @@ def refusal(error: BaseException | None) -> str | None:
                 return os.strerror(number)
         error = error.__cause__
     return None
-
-
-@functools.cache
-def quiet_callbacks() -> None:
-    """Keeps quiet what TensorStore says after a save that failed.
-
-    It tells each of its writes to a loop that Orbax has closed by then: dozens of tracebacks for
-    one full disk, from threads of its own.
-    """
-    before = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not (isinstance(error, RuntimeError) and str(error) == 'Event loop is closed'):
-            before(kind, error, trace)
-
-    sys.excepthook = hook
 
 
 @contextlib.contextmanager

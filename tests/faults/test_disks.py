@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 from disks import small_disk
-from told import PARTS, finish, label_files, one_line, outputs, steps_logged, wait_until
+from told import PARTS, finish, label_files, last_line, one_line, outputs, steps_logged, wait_until
 from tones import with_teacher
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2000)]
@@ -29,7 +29,7 @@ def test_a_disk_that_fills_up_while_preparing_and_while_training(recipe, finishe
         process = inside.start(workdir, *stages)
         wait_until(lambda: steps_logged(seen / 'supervised') >= 40, process)
         disk.fill()
-        line = one_line(finish(process))
+        line = last_line(finish(process))
         assert FULL in line and str(workdir / 'supervised') in line
         assert outputs(seen, 'prepare') == outputs(finished.workdir, 'prepare')
 
