@@ -6,6 +6,7 @@ and Orbax raises that again in another thread, so the text is what there is to g
 
 import contextlib
 import errno
+import logging
 import os
 import pathlib
 import warnings
@@ -46,6 +47,7 @@ def writing(what: str, where: pathlib.Path, kind: type[UserError] = UserError) -
             raise
         # Orbax leaves what it was about to do; at the exit Python would say so after our line.
         warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
+        logging.getLogger('asyncio').setLevel(logging.CRITICAL + 1)
         raise kind(
             f'cannot write {what} to {where}: {reason}; mend that, and the same command continues'
         ) from error
