@@ -24,7 +24,7 @@ help:
 	@echo 'make quickstart   pre-train, fine-tune, pseudo-label, self-train and score real speech'
 	@echo 'make test         lint, types and the test suite (about 12 minutes on 2 cores)'
 	@echo 'make test-slow    the tests that take longer'
-	@echo 'make test-faults  those that do harm: kills, full disks, damaged files (fifteen minutes)'
+	@echo 'make test-faults  those that do harm: kills, full disks, damaged files (ten minutes)'
 	@echo 'make lint         ruff and mypy;  make format: let ruff lay out the code'
 	@echo 'make benchmark    our train step against a PyTorch Conformer of the same size'
 	@echo 'make lock         resolve the newest allowed versions into the lock of this Python'
